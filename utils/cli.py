@@ -1,0 +1,141 @@
+"""Command line of the scripts: flags from the `Args` dataclass, a task's defaults under them, one-line errors."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+from utils.errors import InputError
+from utils.tasks import TASKS
+
+T = TypeVar("T")
+
+# Flag -> (smallest, largest allowed value); flags that a script does not have are passed over.
+RANGES: dict[str, tuple[float, float]] = {
+    "total_timesteps": (0, math.inf),
+    "learning_starts": (0, math.inf),
+    "offline_steps": (0, math.inf),
+    "pretrain_steps": (0, math.inf),
+    "eval_every": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "log_every": (1, math.inf),
+    "threads": (0, math.inf),
+    "max_episode_steps": (0, math.inf),
+    "action_repeat": (1, math.inf),
+    "utd_ratio": (1, math.inf),
+    "batch_size": (2, math.inf),
+    "offline_ratio": (0, 1),
+    "gamma": (0, 1),
+    "tau": (0, 1),
+    "ema_rate": (0, 1),
+    "num_base_samples": (1, math.inf),
+    "num_edit_samples": (0, math.inf),
+    "denoising_steps": (1, math.inf),
+    "edit_scale": (1e-6, 2),
+    "edit_dropout": (0, 0.99),
+    "num_critics": (1, math.inf),
+    "num_min_critics": (1, math.inf),
+    "hidden_dim": (1, math.inf),
+    "hidden_layers": (1, math.inf),
+    "base_hidden_dim": (1, math.inf),
+    "base_blocks": (0, math.inf),
+    "base_expansion": (1, math.inf),
+    "base_lr": (0, math.inf),
+    "edit_lr": (0, math.inf),
+    "actor_lr": (0, math.inf),
+    "critic_lr": (0, math.inf),
+    "alpha_lr": (0, math.inf),
+    "init_alpha": (1e-12, math.inf),
+    "lr_decay_steps": (1, math.inf),
+    "backup_alpha": (0, math.inf),
+    "backup_kappa": (0, math.inf),
+    "expectile": (0, 1),
+    "heldout_share": (0, 0.5),
+}
+
+
+def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """An instance of the dataclass `cls` from the command line.
+
+    The defaults are the fields' own; `--task NAME` lays that task's settings over them; flags given explicitly win.
+    `--env-id` without `--task` runs that environment with the fields' own defaults.
+
+    Raises:
+        InputError: an unknown task, a value out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task")
+    first.add_argument("--env-id", "--env_id", dest="env_id")
+    try:
+        known, _ = first.parse_known_args(argv)
+    except SystemExit:  # a flag without its value: tyro words it better
+        known = argparse.Namespace(task=None, env_id=None)
+    default: Any = cls()
+    name = known.task if known.task is not None else "" if known.env_id is not None else default.task
+    if name and name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, 1)
+        raise InputError(
+            f"--task {name!r} is unknown{f'; did you mean {close[0]!r}?' if close else ''} (known: {', '.join(TASKS)})"
+        )
+    fields = {field.name for field in dataclasses.fields(default)}
+    settings: dict[str, Any] = {"task": name}
+    if name:
+        task = TASKS[name]
+        settings |= {"env_id": task.env_id, "dataset": task.dataset}
+        settings |= {key: value for key, value in task.settings.items() if key in fields}
+    default = dataclasses.replace(default, **settings)
+    args = tyro.cli(cls, default=default, args=argv, description=description)
+    check_ranges(args)
+    return args
+
+
+def check_ranges(args: Any) -> None:
+    """Raises InputError for a flag whose value cannot work."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        low, high = RANGES.get(field.name, (-math.inf, math.inf))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{field.name.replace('_', '-')} {value} is not a finite number")
+        if isinstance(value, int | float) and not low <= value <= high:
+            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+            raise InputError(f"--{field.name.replace('_', '-')} {value} must be {bound}")
+    if getattr(args, "num_min_critics", 0) > getattr(args, "num_critics", math.inf):
+        raise InputError(f"--num-min-critics {args.num_min_critics} exceeds --num-critics {args.num_critics}")
+    if not args.env_id:
+        raise InputError("--env-id is empty: name a --task or an --env-id")
+    if not args.dataset:
+        raise InputError("--dataset is missing: EXPO starts from offline data; give a D4RL-layout HDF5 file")
+
+
+def setup_torch(args: Any) -> torch.device:
+    """Sets the number of threads and returns the device that `--device` asks for.
+
+    Raises:
+        InputError: `--device cuda` without CUDA.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {args.device!r} must be auto, cpu or cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA here; use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def run(main: Callable[[Any], Any], cls: type, description: str | None = None) -> None:
+    """Parses the flags and calls `main(args)`; bad input ends with one line on stderr and exit code 2."""
+    try:
+        main(parse_args(cls, description=description))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what was logged is on disk", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,170 @@
+"""Evaluation in lockstep over a few environments, and `python -m utils.evaluate RUN_DIR` for a saved agent."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+from utils.envs import success_of
+from utils.errors import InputError
+from utils.tasks import make_task_env
+
+SCRIPTS = ("expo_diffusion", "expo_flow", "expo_finetune", "baselines.rlpd", "baselines.idql", "baselines.diffusion_ql")
+
+
+@dataclass
+class Episodes:
+    """Results of n episodes: returns (n,), lengths (n,), success (n,) bool or None, frames of the first episode if they
+    were recorded, and the observations (length, O) of every episode."""
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    success: np.ndarray | None
+    frames: list[np.ndarray]
+    paths: list[np.ndarray]
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Mean return, mean length in actions and, where the environment tells, share of successes."""
+        values = {"return": self.returns.mean(), "length": self.lengths.mean()}
+        if self.success is not None:
+            values = {"success_rate": self.success.mean(), **values}
+        return {prefix + key: float(value) for key, value in values.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    act: Callable[[torch.Tensor], torch.Tensor],
+    envs: list[gym.Env],
+    num_episodes: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    record: bool = False,
+) -> Episodes:
+    """Runs episodes with the policy `act`, several environments in lockstep so that one call serves them all.
+
+    Torch's random state is put back afterwards: evaluation does not disturb training.
+
+    Args:
+        act: maps observations (n, O) on `device` to actions (n, A) in [-1, 1].
+        envs: environments to use side by side; the result depends on their number only through the policy's noise.
+        num_episodes: how many episodes; episode i resets with `seed + i`.
+        seed: also seeds the policy's own noise.
+        record: keep the first environment's frames (it must have been made with `render=True`).
+    """
+    returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, int)
+    success: list[bool | None] = [None] * num_episodes
+    frames, paths = [], [[] for _ in range(num_episodes)]
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for first in range(0, num_episodes, len(envs)):
+            active = list(range(first, min(first + len(envs), num_episodes)))
+            obs = {i: envs[i - first].reset(seed=seed + i)[0] for i in active}
+            while active:
+                actions = act(torch.as_tensor(np.stack([obs[i] for i in active]), device=device)).cpu().numpy()
+                for i, action in zip(list(active), actions, strict=True):
+                    env = envs[i - first]
+                    paths[i].append(obs[i])
+                    if record and i == 0:
+                        frames.append(env.render())
+                    obs[i], reward, terminated, truncated, info = env.step(action)
+                    returns[i] += float(reward)
+                    lengths[i] += 1
+                    reached = success_of(info)
+                    if reached is not None:
+                        success[i] = bool(success[i]) or reached
+                    if terminated or truncated:
+                        active.remove(i)
+    known = None if any(s is None for s in success) else np.array(success, bool)
+    return Episodes(returns, lengths, known, frames, [np.array(path) for path in paths])
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: int = 20) -> None:
+    """Writes `frames` (each (H, W, 3) uint8) as an mp4."""
+    import imageio.v2 as imageio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with imageio.get_writer(path, fps=fps, macro_block_size=2) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+
+
+def load_agent(run_dir: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """The saved agent of a run (with `sample_actions(obs)` ready) and its args.
+
+    Raises:
+        InputError: no run there, no saved agent, or one that does not fit its own args.
+    """
+    try:
+        record = json.loads((run_dir / "args.json").read_text())
+        script, values = record["script"], record["args"]
+    except FileNotFoundError:
+        raise InputError(f"{run_dir} holds no run: args.json is missing") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, NotADirectoryError):
+        raise InputError(f"{run_dir / 'args.json'} is damaged or not a run of this project") from None
+    if script not in SCRIPTS:
+        raise InputError(f"{run_dir} is a run of {script!r}, which this project does not have")
+    module = importlib.import_module(script)
+    known = {field.name for field in fields(module.Args)}
+    args = module.Args(**{key: value for key, value in values.items() if key in known})
+    state = load_state(run_dir / "agent.pt", device)
+    agent = module.Agent(state["obs_dim"], state["action_dim"], args).to(device)
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise InputError(
+            f"{run_dir / 'agent.pt'} does not fit its args.json: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return agent, args
+
+
+def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """A file of `Logger.save`; it can hold tensors and plain values only, no code (`weights_only=True`)."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        state["agent"], state["obs_dim"], state["action_dim"]
+        return state
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: was the run made with --save-model?") from None
+    except Exception:  # torch.load raises many kinds for a damaged or foreign file
+        raise InputError(f"{path} is damaged, or is not an agent saved by this project") from None
+
+
+def main(
+    run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 50, seed: int = 1000, video: Path | None = None
+) -> None:
+    """Reloads a saved agent and prints return and success.
+
+    Args:
+        run_dir: folder of a run made with --save-model.
+        episodes: how many episodes.
+        seed: of the first episode; episode i uses seed + i.
+        video: write the first episode to this mp4.
+    """
+    agent, args = load_agent(run_dir)
+    envs = [make_task_env(args, render=video is not None) for _ in range(1 if video else min(episodes, 10))]
+    result = evaluate(agent.sample_actions, envs, episodes, seed, record=video is not None)
+    print(f"{run_dir}: {episodes} episodes")
+    print(f"  return   {result.returns.mean():.2f} +- {result.returns.std():.2f} (mean, standard deviation)")
+    print(f"  length   {result.lengths.mean():.1f}")
+    if result.success is not None:
+        print(f"  success  {result.success.mean():.3f} ({int(result.success.sum())} of {episodes})")
+    if video:
+        write_video(video, result.frames)
+        print(f"  video    {video}")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
