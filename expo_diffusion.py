@@ -26,6 +26,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from utils import cli, data
@@ -44,6 +46,8 @@ class Args:
     """any Gymnasium id with a continuous Box action space, with --dataset; alone it runs with the published settings"""
     dataset: tuple[str, ...] = ()
     """offline data: D4RL-layout HDF5 files, joined (observations, actions, rewards, terminals, timeouts)"""
+    obs_keys: tuple[str, ...] = ()
+    """observation keys to use, in this order, where the data has several (robomimic)"""
     seed: int = 1
     """seeds networks, exploration, batches, resets and evaluation"""
     total_timesteps: int = 300_000
@@ -59,9 +63,7 @@ class Args:
     capture_video: bool = False
     """write a video of one episode at every evaluation"""
     track: bool = False
-    """mirror the log to Weights & Biases (pip install wandb)"""
-    wandb_project: str = "expo"
-    """the project of --track"""
+    """mirror the log to Weights & Biases (project expo; pip install wandb)"""
     eval_every: int = 5_000
     """environment steps between evaluations"""
     eval_episodes: int = 100
@@ -100,7 +102,7 @@ class Args:
     edit_dropout: float = 0.0
     """dropout of the edit policy in its own loss (0.1 on Adroit)"""
     edit_entropy: Literal["scaled", "published"] = "scaled"
-    """target entropy of an edit: published -A/2 (out of reach for edit_scale < .303), or scaled [ours] + A log edit_scale"""
+    """target entropy of an edit: published -A/2, out of reach below edit_scale .303; scaled [ours 1] in reach"""
     init_alpha: float = 1.0
     """first entropy temperature of the edit policy"""
     backup: Literal["hard", "entropy"] = "hard"
@@ -201,6 +203,9 @@ class DenoisingNetwork(nn.Module):
 
 class BasePolicy(nn.Module):
     """Diffusion (DDPM): learns to name the noise in a noisy action and removes it in K steps. Imitation only."""
+
+    alpha_bars: Tensor
+    times: Tensor
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -353,6 +358,8 @@ class Agent(nn.Module):
         candidates = self.candidate_actions(obs, self.target_base_policy)
         return take(candidates, self.rank(obs, candidates).argmax(-1))
 
+    forward = on_the_fly_actions  # agent(obs) acts
+
 
 def take(candidates: Tensor, choice: Tensor) -> Tensor:
     """The chosen candidates: (..., C, A) and indices (...) -> (..., A)."""
@@ -389,47 +396,40 @@ def critic_loss(agent: Agent, batch: Batch, candidates: Tensor) -> tuple[Tensor,
 
 
 def edit_policy_loss(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, alpha loss, info): SAC's objective on edits of the batch's own actions, not of fresh base samples [code]."""
+    """(loss, alpha loss, info): SAC's objective, on edits of the batch's actions, not of fresh base samples [code]."""
     edits, log_prob = agent.edit_policy(batch.obs, batch.actions, train=True)
     q = agent.critic(batch.obs, (batch.actions + edits).clamp(-1, 1)).mean(0)  # all online heads [code]
     alpha, entropy = agent.log_alpha.exp(), -log_prob.mean()
     loss = (alpha.detach() * log_prob - q).mean()
     alpha_loss = alpha * (entropy.detach() - agent.target_entropy)
-    info = {
-        "losses/edit_policy": loss,
-        "edit/alpha": alpha,
-        "edit/entropy": entropy,
-        "edit/abs_mean": edits.abs().mean(),
-    }
-    return loss, alpha_loss, info
+    edit_info = {"edit/alpha": alpha, "edit/entropy": entropy, "edit/abs_mean": edits.abs().mean()}
+    return loss, alpha_loss, {"losses/edit_policy": loss, **edit_info}
 
 
 class Optimizers(NamedTuple):
-    base: torch.optim.Optimizer
-    edit: torch.optim.Optimizer
-    critic: torch.optim.Optimizer
-    alpha: torch.optim.Optimizer
-    base_decay: torch.optim.lr_scheduler.LambdaLR
-    edit_decay: torch.optim.lr_scheduler.LambdaLR
+    base: Optimizer
+    edit: Optimizer
+    critic: Optimizer
+    alpha: Optimizer
+    base_decay: LambdaLR
+    edit_decay: LambdaLR
 
 
 def make_optimizers(agent: Agent, args: Args) -> Optimizers:
     """Adam for everything; weight decay for the base policy; cosine decay for base and edit policy [code]."""
+    decay, fused = args.base_weight_decay, True
+    base = torch.optim.AdamW(agent.base_policy.parameters(), args.base_lr, weight_decay=decay, fused=fused)
+    edit = torch.optim.Adam(agent.edit_policy.parameters(), args.edit_lr, fused=fused)
+    critic = torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=fused)
+    alpha = torch.optim.Adam([agent.log_alpha], args.alpha_lr, fused=fused)
 
-    def cosine(updates: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * min(updates / args.lr_decay_steps, 1)))
+    def cosine(n: int) -> float:
+        return 0.5 + 0.5 * math.cos(math.pi * min(n / args.lr_decay_steps, 1))
 
-    base = torch.optim.AdamW(
-        agent.base_policy.parameters(), args.base_lr, weight_decay=args.base_weight_decay, fused=True
-    )
-    edit = torch.optim.Adam(agent.edit_policy.parameters(), args.edit_lr, fused=True)
-    critic = torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True)
-    alpha = torch.optim.Adam([agent.log_alpha], args.alpha_lr, fused=True)
-    decay = torch.optim.lr_scheduler.LambdaLR
-    return Optimizers(base, edit, critic, alpha, decay(base, cosine), decay(edit, cosine))
+    return Optimizers(base, edit, critic, alpha, LambdaLR(base, cosine), LambdaLR(edit, cosine))
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def gradient_step(optimizer: Optimizer, loss: Tensor) -> None:
     """One step on the optimizer's own parameters; whatever else the loss depends on gets no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -440,7 +440,7 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 @torch.no_grad()
 def move_towards(target: nn.Module, online: nn.Module, rate: float) -> None:
     """target <- target + rate (online - target), for all parameters."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)  # pyright: ignore
 
 
 def update_base_policy(agent: Agent, optimizers: Optimizers, obs: Tensor, actions: Tensor) -> dict[str, Tensor]:
@@ -487,7 +487,7 @@ def main(args: Args) -> None:
     """One run: load the data, learn offline if asked to, then act and learn online."""
     device = cli.setup_torch(args)
     env = make_task_env(args)
-    dataset = data.load(args.dataset, env)
+    dataset = data.load(args, env)
     obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
     eval_envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
     video_env = make_task_env(args, render=True) if args.capture_video else None

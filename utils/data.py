@@ -4,14 +4,14 @@
     python -m utils.data inspect FILE          shapes, episodes, success, returns and problems of a data set
     python -m utils.data generate NAME         writes a generated data set into the cache and prints its path
 
-`load` reads what `--dataset` names. HDF5 only; nothing is ever unpickled.
+`load_specs` reads what `--dataset` names. HDF5 only; nothing is ever unpickled.
 """
 
 import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +61,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("EXPO_CACHE_DIR") or Path.home() / ".cache" / "expo")
 
 
-def load(specs: tuple[str, ...] | list[str], env: Any = None) -> Dataset:
+def load(args: Any, env: Any) -> Dataset:
+    """The data that a script's flags ask for (`args.dataset`), fitted to its environment."""
+    return load_specs(args.dataset, env)
+
+
+def load_specs(specs: Sequence[str], env: Any = None) -> Dataset:
     """The data sets that `specs` name, joined.
 
     Args:
@@ -281,8 +286,8 @@ def fit_to_env(data: Dataset, env: Any, source: str) -> None:
         row, column = (int(i) for i in np.argwhere(outside)[0])
         value = data.actions[row, column]
         raise InputError(
-            f"{source}: {int(outside.any(axis=1).sum()):,} rows have actions outside of the environment's bounds, "
-            f"the first {value:.4g} in transition {row:,}, dimension {column} (bounds {low[column]:.4g} to {high[column]:.4g})"
+            f"{source}: {int(outside.any(axis=1).sum()):,} rows have actions outside the environment's bounds, the "
+            f"first {value:.4g} in transition {row:,}, dimension {column} ({low[column]:.4g} to {high[column]:.4g})"
         )
     data.actions = np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
 
@@ -292,7 +297,7 @@ def fit_to_env(data: Dataset, env: Any, source: str) -> None:
 
 def inspect(file: Annotated[str, tyro.conf.Positional]) -> None:
     """Prints shapes, episodes, success, returns and problems of a data set (a path, or any --dataset word)."""
-    data = load([file])
+    data = load_specs([file])
     lengths = data.episodes[:, 1] - data.episodes[:, 0]
     returns = data.returns()
     print(f"{file}")

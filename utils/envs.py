@@ -1,5 +1,7 @@
 """Environments: flat float32 observations, actions in [-1, 1], a time limit, and success in `info`."""
 
+import contextlib
+import os
 import warnings
 from typing import Any
 
@@ -49,10 +51,10 @@ def make_env(
         InputError: unknown id, no continuous Box action space, an observation that cannot be flattened.
     """
     try:
-        import gymnasium_robotics
+        with warnings.catch_warnings(), open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):
+            warnings.simplefilter("ignore")  # of Adroit's dense rewards, which no task here uses
+            import gymnasium_robotics
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
             gym.register_envs(gymnasium_robotics)
     except ImportError:
         pass
@@ -80,10 +82,9 @@ def make_env(
         env = ActionRepeat(env, action_repeat)
     if max_episode_steps:
         env = gym.wrappers.TimeLimit(env, max_episode_steps)
-    action_space = env.action_space
-    if len(action_space.shape) != 1:
-        flat = spaces.flatten_space(action_space)
-        env = gym.wrappers.TransformAction(env, lambda a: a.reshape(action_space.shape), flat)
+    shape = env.action_space.shape
+    if shape is not None and len(shape) != 1:
+        env = gym.wrappers.TransformAction(env, lambda a: np.reshape(a, shape), spaces.flatten_space(env.action_space))
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     with warnings.catch_warnings():  # of the precision lost from float64 to float32, which is meant
         warnings.simplefilter("ignore")

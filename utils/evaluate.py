@@ -94,11 +94,11 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int = 20) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=fps, macro_block_size=2) as writer:
         for frame in frames:
-            writer.append_data(frame)
+            writer.append_data(frame)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load_agent(run_dir: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """The saved agent of a run (with `sample_actions(obs)` ready) and its args.
+    """The saved agent of a run (`agent(obs)` acts) and its args.
 
     Raises:
         InputError: no run there, no saved agent, or one that does not fit its own args.
@@ -130,8 +130,7 @@ def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
     """A file of `Logger.save`; it can hold tensors and plain values only, no code (`weights_only=True`)."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        state["agent"], state["obs_dim"], state["action_dim"]
-        return state
+        return {key: state[key] for key in ("agent", "obs_dim", "action_dim")}
     except FileNotFoundError:
         raise InputError(f"{path} is missing: was the run made with --save-model?") from None
     except Exception:  # torch.load raises many kinds for a damaged or foreign file
@@ -151,7 +150,7 @@ def main(
     """
     agent, args = load_agent(run_dir)
     envs = [make_task_env(args, render=video is not None) for _ in range(1 if video else min(episodes, 10))]
-    result = evaluate(agent.sample_actions, envs, episodes, seed, record=video is not None)
+    result = evaluate(agent, envs, episodes, seed, record=video is not None)
     print(f"{run_dir}: {episodes} episodes")
     print(f"  return   {result.returns.mean():.2f} +- {result.returns.std():.2f} (mean, standard deviation)")
     print(f"  length   {result.lengths.mean():.1f}")

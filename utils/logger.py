@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Logger:
                 import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise InputError("--track needs Weights & Biases: pip install wandb") from None
-            self.wandb = wandb.init(project=args.wandb_project, name=self.run_dir.name, config=record["args"])
+            self.wandb = wandb.init(project="expo", name=self.run_dir.name, config=record["args"])
         self._pending: dict[str, list[Any]] = {}
         self.start = time.perf_counter()
         self._last = (0, 0.0)  # step and seconds of the last row, for charts/SPS
@@ -88,7 +89,7 @@ class Logger:
         self._writer.writerows(rows)
         self._csv.flush()
 
-    def add(self, values: dict[str, float | torch.Tensor]) -> None:
+    def add(self, values: Mapping[str, float | torch.Tensor]) -> None:
         """Remembers `values` (log key -> float or 0-d tensor) for the next `write`; nothing leaves the device yet."""
         for key, value in values.items():
             self._pending.setdefault(key, []).append(value)

@@ -36,7 +36,7 @@ def maze_map(name: str) -> list[list[int | str]]:
 
 
 def cell_center(cell: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """Position (x, y) of the middle of `cell` (row, column) in metres; a cell is 1 m, the map's middle is the origin."""
+    """Position (x, y) in metres of the middle of `cell` (row, column); a cell is 1 m, the map's middle the origin."""
     return np.array([cell[1] + 0.5 - shape[1] / 2, shape[0] / 2 - cell[0] - 0.5])
 
 
@@ -73,8 +73,8 @@ def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> dict[str,
     rng = np.random.default_rng(seed)
     grid = np.array([list(row) for row in MAPS[maze]])
     free = grid != "1"
-    start, goal = (tuple(int(i) for i in np.argwhere(grid == letter)[0]) for letter in "rg")
-    cells = [(int(r), int(c)) for r, c in np.argwhere(free) if (r, c) not in (start, goal)]
+    start, goal = ((int(row), int(col)) for row, col in (np.argwhere(grid == letter)[0] for letter in "rg"))
+    cells = [(int(row), int(col)) for row, col in np.argwhere(free) if (row, col) not in (start, goal)]
     rows = collections.defaultdict(list)
     for episode in range(num_episodes):
         obs, _ = env.reset(seed=seed * 1_000_003 + episode)
