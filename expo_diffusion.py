@@ -40,110 +40,59 @@ from utils.tasks import make_task_env
 @dataclass
 class Args:
     # ---- the run
-    task: str = "pointmaze-medium"
-    """a row of utils/tasks.py: environment, data and settings; `python -m utils.data list` shows all"""
-    env_id: str = ""
-    """any Gymnasium id with a continuous Box action space, with --dataset; alone it runs with the published settings"""
-    dataset: tuple[str, ...] = ()
-    """offline data: D4RL-layout HDF5 files, joined (observations, actions, rewards, terminals, timeouts)"""
-    obs_keys: tuple[str, ...] = ()
-    """observation keys to use, in this order, where the data has several (robomimic)"""
-    seed: int = 1
-    """seeds networks, exploration, batches, resets and evaluation"""
-    total_timesteps: int = 300_000
-    """environment steps"""
-    device: str = "auto"
-    """auto (CUDA if there is one), cpu or cuda"""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice"""
-    run_dir: str = ""
-    """where the run is written; default runs/<task>__<script>__<seed>__<time>"""
-    save_model: bool = False
-    """write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`"""
-    capture_video: bool = False
-    """write a video of one episode at every evaluation"""
-    track: bool = False
-    """mirror the log to Weights & Biases (project expo; pip install wandb)"""
-    eval_every: int = 5_000
-    """environment steps between evaluations"""
-    eval_episodes: int = 100
-    """episodes of each evaluation, for the on-the-fly policy and for the base policy alone"""
-    log_every: int = 500
-    """environment steps between rows of training metrics"""
+    task: str = "pointmaze-medium"  # environment, data and settings in one word; `python -m utils.data list`
+    env_id: str = ""  # any Gymnasium id with continuous actions, with --dataset; without --task: published settings
+    dataset: tuple[str, ...] = ()  # offline data, several are joined: an HDF5 file in D4RL's layout, ...
+    obs_keys: tuple[str, ...] = ()  # observation keys to use, in this order, where the data has several (robomimic)
+    seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
+    total_timesteps: int = 300_000  # environment steps
+    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
+    threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
+    save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
+    capture_video: bool = False  # write a video of one episode at every evaluation
+    track: bool = False  # mirror the log to Weights & Biases (project expo; pip install wandb)
+    eval_every: int = 5_000  # environment steps between evaluations
+    eval_episodes: int = 100  # episodes of each evaluation, for the on-the-fly policy and for the base policy alone
+    log_every: int = 500  # environment steps between rows of training metrics
     # ---- the task
-    max_episode_steps: int = 0
-    """time limit in actions; 0 keeps the environment's own"""
-    action_repeat: int = 1
-    """simulator steps per action"""
-    reward_scale: float = 1.0
-    """rewards of offline and online rows are multiplied by this ..."""
-    reward_shift: float = 0.0
-    """... and then this is added"""
+    max_episode_steps: int = 0  # time limit in actions; 0 keeps the environment's own
+    action_repeat: int = 1  # simulator steps per action
+    reward_scale: float = 1.0  # rewards of offline and online rows are multiplied by this ...
+    reward_shift: float = 0.0  # ... and then this is added
     # ---- the algorithm
-    learning_starts: int = 5_000
-    """environment steps with uniform random actions before anything is trained online"""
-    offline_steps: int = 0
-    """[ours] updates on the offline data alone before the first environment step, one slice each: warm critics keep the
-    prior that cold ones throw away"""
-    utd_ratio: int = 20
-    """U, critic updates per environment step; the policies are updated once, on the last slice"""
-    batch_size: int = 256
-    """B, rows of one slice"""
-    offline_ratio: float = 0.5
-    """share of offline rows in every slice (0.5: symmetric sampling)"""
-    gamma: float = 0.99
-    """discount per action"""
-    num_base_samples: int = 8
-    """N, base actions per decision"""
-    num_edit_samples: int = 8
-    """M, edited actions per decision; 0 is best of N without edits"""
-    edit_scale: float = 0.05
-    """largest edit per action dimension; the hyperparameter that matters: .01-.15 to refine, .4-.7 to explore"""
-    edit_dropout: float = 0.0
-    """dropout of the edit policy in its own loss (0.1 on Adroit)"""
-    edit_entropy: Literal["scaled", "published"] = "scaled"
-    """target entropy of an edit: published -A/2, out of reach below edit_scale .303; scaled [ours 1] in reach"""
-    init_alpha: float = 1.0
-    """first entropy temperature of the edit policy"""
-    backup: Literal["hard", "entropy"] = "hard"
-    """TD target: best candidate, or [paper Sec. 4.3] a softmax choice with its entropy, for narrow or tiny data"""
-    backup_kappa: float = 10.0
-    """entropy backup: candidates are chosen with softmax(kappa Q)"""
-    backup_alpha: float = 0.1
-    """entropy backup: weight of -log probability of the choice in the target"""
-    num_critics: int = 10
-    """E, critics of the ensemble"""
-    num_min_critics: int = 2
-    """random critics whose minimum counts, in the ranking and in the target (1 on AntMaze)"""
-    tau: float = 0.005
-    """Polyak rate of the target critics, per critic update"""
-    ema_rate: float = 0.001
-    """rate of the base policy's moving average, per base update"""
+    learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
+    offline_steps: int = 0  # [ours] updates on offline rows alone, before the first environment step
+    utd_ratio: int = 20  # U, critic updates per environment step; the policies are updated once, on the last slice
+    batch_size: int = 256  # B, rows of one slice
+    offline_ratio: float = 0.5  # share of offline rows in every slice (0.5: symmetric sampling)
+    gamma: float = 0.99  # discount per action
+    num_base_samples: int = 8  # N, base actions per decision
+    num_edit_samples: int = 8  # M, edited actions per decision; 0 is best of N without edits
+    edit_scale: float = 0.05  # bound of an edit, the flag that matters: .01-.15 to refine, .4-.7 to explore
+    edit_dropout: float = 0.0  # dropout of the edit policy in its own loss (0.1 on Adroit)
+    edit_entropy: Literal["scaled", "published"] = "scaled"  # target -A/2, or within reach [ours 1]
+    init_alpha: float = 1.0  # first entropy temperature of the edit policy
+    backup: Literal["hard", "entropy"] = "hard"  # best candidate, or a softmax choice [paper Sec. 4.3]
+    backup_kappa: float = 10.0  # entropy backup: candidates are chosen with softmax(kappa Q)
+    backup_alpha: float = 0.1  # entropy backup: weight of -log probability of the choice in the target
+    num_critics: int = 10  # E, critics of the ensemble
+    num_min_critics: int = 2  # random critics whose minimum counts, in the ranking and in the target (1 on AntMaze)
+    tau: float = 0.005  # Polyak rate of the target critics, per critic update
+    ema_rate: float = 0.001  # rate of the base policy's moving average, per base update
     # ---- networks and optimisers
-    hidden_dim: int = 256
-    """width of critics and edit policy"""
-    hidden_layers: int = 3
-    """hidden layers of critics and edit policy"""
-    critic_lr: float = 3e-4
-    """Adam, constant"""
-    edit_lr: float = 3e-4
-    """Adam, cosine decay to 0"""
-    alpha_lr: float = 3e-4
-    """Adam, constant"""
-    base_lr: float = 3e-4
-    """AdamW, cosine decay to 0"""
-    base_weight_decay: float = 1e-4
-    """AdamW's weight decay"""
-    lr_decay_steps: int = 3_000_000
-    """updates until the decayed learning rates reach 0"""
-    base_hidden_dim: int = 256
-    """width of the base policy"""
-    base_blocks: int = 3
-    """residual blocks of the base policy"""
-    base_expansion: int = 4
-    """inner width of a residual block, in base_hidden_dim"""
-    denoising_steps: int = 10
-    """K, steps from noise to action"""
+    hidden_dim: int = 256  # width of critics and edit policy
+    hidden_layers: int = 3  # hidden layers of critics and edit policy
+    critic_lr: float = 3e-4  # Adam, constant
+    edit_lr: float = 3e-4  # Adam, cosine decay to 0
+    alpha_lr: float = 3e-4  # Adam, constant
+    base_lr: float = 3e-4  # AdamW, cosine decay to 0
+    base_weight_decay: float = 1e-4  # AdamW's weight decay
+    lr_decay_steps: int = 3_000_000  # updates until the decayed learning rates reach 0
+    base_hidden_dim: int = 256  # width of the base policy
+    base_blocks: int = 3  # residual blocks of the base policy
+    base_expansion: int = 4  # inner width of a residual block, in base_hidden_dim
+    denoising_steps: int = 10  # K, steps from noise to action
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -215,8 +164,8 @@ class BasePolicy(nn.Module):
         betas = 1 - torch.exp(-0.1 / len(k) - 0.5 * (10 - 0.1) * (2 * k - 1) / len(k) ** 2)  # (K,)
         alpha_bars = torch.cumprod(1 - betas, dim=0)  # (K,)
         self.betas, self.noise_weights = betas.tolist(), (betas / (1 - alpha_bars).sqrt()).tolist()
-        self.register_buffer("alpha_bars", alpha_bars.float(), persistent=False)
-        self.register_buffer("times", k.float().unsqueeze(-1), persistent=False)  # (K, 1)
+        self.register_buffer("alpha_bars", alpha_bars.float())
+        self.register_buffer("times", k.float().unsqueeze(-1))  # (K, 1)
         self.network = DenoisingNetwork(obs_dim, action_dim, args)
 
     def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
