@@ -55,6 +55,18 @@ class Dataset:
         """Undiscounted return (m,) of every episode."""
         return np.array([self.rewards[start:stop].sum() for start, stop in self.episodes])
 
+    def split(self, heldout_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers for training and for a held-out loss: whole episodes, drawn at random, `heldout_share` of them.
+
+        At least one episode is held out unless the share is 0 or there is only one: then both are all rows.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.episodes))
+        count = min(max(1, round(heldout_share * len(order))), len(order) - 1) if heldout_share else 0
+        rows = [np.arange(*self.episodes[i]) for i in order]
+        if count == 0:
+            return np.concatenate(rows), np.concatenate(rows)
+        return np.concatenate(rows[count:]), np.concatenate(rows[:count])
+
 
 def cache_dir() -> Path:
     """Where generated data lies: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""

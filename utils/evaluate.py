@@ -1,5 +1,6 @@
 """Evaluation in lockstep over a few environments, and `python -m utils.evaluate RUN_DIR` for a saved agent."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -135,6 +136,38 @@ def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
         raise InputError(f"{path} is missing: was the run made with --save-model?") from None
     except Exception:  # torch.load raises many kinds for a damaged or foreign file
         raise InputError(f"{path} is damaged, or is not an agent saved by this project") from None
+
+
+def load_base_policy(agent: Any, source: str) -> None:
+    """Copies base policy and its moving average from a saved run (its folder or its agent.pt) into `agent`.
+
+    Raises:
+        InputError: names the flags or the shapes that differ, or says what is wrong with the file.
+    """
+    path = Path(source) / "agent.pt" if Path(source).is_dir() else Path(source)
+    saved = load_state(path)["agent"]
+    parts = ("base_policy.", "target_base_policy.")
+    here = {key: value for key, value in agent.state_dict().items() if key.startswith(parts)}
+    there = {key: value for key, value in saved.items() if key.startswith(parts)}
+    if not there:
+        raise InputError(f"--pretrained {path}: that agent has no base policy")
+    wrong = [key for key in here if key not in there or here[key].shape != there[key].shape]
+    wrong += [key for key in there if key not in here]
+    if wrong:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # of a lone agent.pt: shapes have to do
+            flags = json.loads((path.parent / "args.json").read_text())["args"]
+            names = ("base_hidden_dim", "base_blocks", "base_expansion", "denoising_steps", "task")
+            differ = [n for n in names if n in flags and flags[n] != getattr(agent.args, n)]
+            if differ:
+                listed = ", ".join(
+                    f"--{n.replace('_', '-')} {flags[n]} (here {getattr(agent.args, n)})" for n in differ
+                )
+                raise InputError(f"--pretrained {path} was made with {listed}; give the same flags")
+        shapes = [tuple(state[wrong[0]].shape) if wrong[0] in state else "absent" for state in (there, here)]
+        raise InputError(
+            f"--pretrained {path} is another base policy: {wrong[0]} is {shapes[0]} there, {shapes[1]} here"
+        )
+    agent.load_state_dict(there, strict=False)
 
 
 def main(

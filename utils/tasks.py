@@ -37,6 +37,7 @@ QUICKSTART = {
     "reward_shift": -1.0,
     "total_timesteps": 4_000,
     "learning_starts": 0,
+    "pretrain_steps": 3_000,
     "offline_steps": 6_000,
     "eval_every": 250,
     "eval_episodes": 20,
