@@ -149,11 +149,11 @@ def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Path:
     if maze not in pointmaze.MAPS or maze == name:
         known = ", ".join(f"generated:pointmaze-{key}" for key in pointmaze.MAPS)
         raise InputError(f"generated:{name} is unknown (known: {known})")
-    path = cache_dir() / f"{name}-{num_episodes}episodes-seed{seed}-v1.hdf5"
-    if path.exists():
-        return path
     task = tasks.TASKS[name]
     settings = task.settings
+    path = cache_dir() / f"{name}-{num_episodes}x{settings['max_episode_steps']}-seed{seed}.hdf5"
+    if path.exists():
+        return path
     env = tasks.make_env(task.env_id, task.env_kwargs, settings["max_episode_steps"], settings["action_repeat"])
     arrays = pointmaze.generate(env, maze, num_episodes, seed)
     env.close()

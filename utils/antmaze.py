@@ -1,0 +1,124 @@
+"""D4RL's AntMaze on current MuJoCo, so that D4RL's rows and the simulator agree.
+
+gymnasium-robotics has an AntMaze too, with another ant, another origin and goals that move: rows of D4RL do not fit it.
+Here Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`) to be D4RL's ant, and walls are put around it;
+`python -m utils.data replay FILE --task antmaze-umaze` measures how well a file's rows fit.
+Differences from ant.xml: time step .02, softer contacts (solref, solimp), motors of gear 1 with +-30 N m.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium.envs.mujoco.mujoco_env as gymnasium_mujoco
+import mujoco
+import numpy as np
+from gymnasium import spaces
+
+MAPS = {  # 1 wall, r start, g goal: the maps that D4RL evaluates on
+    "umaze": ("11111", "1r001", "11101", "1g001", "11111"),
+    "medium": ("11111111", "1r011001", "10010001", "11000111", "10010001", "10100101", "100010g1", "11111111"),
+    "large": (
+        "111111111111",
+        "1r0001000001",
+        "101101010101",
+        "100000010001",
+        "101111011101",
+        "100101000001",
+        "110101010111",
+        "100100010g01",
+        "111111111111",
+    ),
+}
+CELL = 4.0  # metres
+MAX_TORQUE = 30.0  # N m per motor, at action +-1
+FRAME_SKIP = 5  # physics steps of .02 s per action
+GOAL_RADIUS = 0.5  # metres
+
+
+def find_cell(maze: str, letter: str) -> np.ndarray:
+    """(row, column) of the first cell marked `letter` in the map."""
+    rows = MAPS[maze]
+    return next(np.array([i, row.index(letter)]) for i, row in enumerate(rows) if letter in row)
+
+
+def cell_position(maze: str, cell: np.ndarray) -> np.ndarray:
+    """Position (x, y) in metres of a cell (row, column); the start cell is the origin."""
+    return CELL * (cell - find_cell(maze, "r"))[::-1].astype(float)
+
+
+def make_model(maze: str, render_size: int = 480) -> mujoco.MjModel:
+    """D4RL's ant between the walls of `maze`; goal and walls are drawn, only the walls collide."""
+    assets = Path(gymnasium_mujoco.__file__).parent / "assets"
+    spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
+    spec.option.timestep = 0.02
+    rows = MAPS[maze]
+    spec.geom("floor").size = [2 * CELL * len(rows[0]), 2 * CELL * len(rows[0]), CELL]
+    for i, row in enumerate(rows):
+        for j, letter in enumerate(row):
+            if letter == "1":
+                x, y = cell_position(maze, np.array([i, j]))
+                wall = spec.worldbody.add_geom()
+                wall.name, wall.type = f"wall_{i}_{j}", mujoco.mjtGeom.mjGEOM_BOX
+                wall.size, wall.pos = [CELL / 2, CELL / 2, 1], [x, y, 1]
+                wall.contype, wall.conaffinity = 1, 1
+                wall.rgba = [0.55, 0.55, 0.6, 1]
+    for geom in spec.geoms:
+        geom.solref, geom.solimp[:3] = [0.02, 1], [0.8, 0.8, 0.01]
+    for motor in spec.actuators:
+        motor.gear = [1, 0, 0, 0, 0, 0]
+        motor.ctrlrange = [-MAX_TORQUE, MAX_TORQUE]
+    goal = spec.worldbody.add_site()
+    goal.name, goal.type = "goal", mujoco.mjtGeom.mjGEOM_CYLINDER
+    goal.size, goal.rgba = [GOAL_RADIUS, 0.05, 0], [0.9, 0.2, 0.2, 0.7]
+    model = spec.compile()
+    model.vis.global_.offwidth = model.vis.global_.offheight = render_size
+    return model
+
+
+class AntMaze(gymnasium_mujoco.MujocoEnv):
+    """An ant that walks through a maze to a goal it is not shown: the goal is (nearly) the same in every episode.
+
+    Observation (29,): torso position (x, y, z) and orientation (w, x, y, z), 8 joint angles, 6 + 8 velocities.
+    Action (8,): torques as shares of 30 N m, .1 s long. Reward 1 and the end of the episode within .5 m of the goal, else 0;
+    falling does not end it. The time limit is the registered one (700 in umaze, 1000 else).
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
+
+    def __init__(self, maze: str, render_mode: str | None = None):
+        self.maze, self.goal = maze, np.zeros(2)
+        span = CELL * max(len(MAPS[maze]), len(MAPS[maze][0]))
+        middle = cell_position(maze, np.array([len(MAPS[maze]) - 1, len(MAPS[maze][0]) - 1]) / 2)
+        camera = {"distance": 1.1 * span, "elevation": -80, "azimuth": 90, "lookat": np.array([*middle, 0])}
+        space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
+        super().__init__("ant.xml", FRAME_SKIP, space, render_mode, default_camera_config=camera)
+        self.action_space = spaces.Box(-1, 1, (8,), np.float32)
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        model = make_model(self.maze, self.width)
+        return model, mujoco.MjData(model)
+
+    def observation(self) -> np.ndarray:
+        """The whole state (29,): qpos (15) and qvel (14)."""
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def step(self, action):
+        self.do_simulation(MAX_TORQUE * np.clip(action, -1, 1), self.frame_skip)
+        success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
+        if self.render_mode == "human":
+            self.render()
+        return self.observation(), float(success), success, False, {"success": success}
+
+    def reset_model(self) -> np.ndarray:
+        corner = cell_position(self.maze, find_cell(self.maze, "g"))
+        self.goal = corner + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        self.model.site("goal").pos[:2] = self.goal
+        qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
+        return self.observation()
+
+    def set_row(self, rows: dict[str, np.ndarray], i: int) -> None:
+        """Puts the simulator into the state of row `i` of D4RL-layout arrays; it is all in the observation."""
+        obs = rows["observations"][i].astype(np.float64)
+        mujoco.mj_resetData(self.model, self.data)
+        self.set_state(obs[:15], obs[15:])
