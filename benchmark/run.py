@@ -3,10 +3,11 @@
     python benchmark/run.py benchmark/grids/mazes.toml --processes 2
     python benchmark/run.py benchmark/grids/mazes.toml --only expo_flow --dry-run
 
-A grid is a TOML file: `tasks`, `seeds`, `flags` (for every run), and under [methods] a name and its command each; a table
-[task_flags] may add flags for one task. Every run has a folder of its own under runs/grids/. When it has ended well, its
-metrics.csv and args.json are copied to benchmark/results/<grid>/<task>/<method>/seed<seed>/; such a run is skipped the
-next time. One that died is started anew, and one that fails is reported with its last line, and makes the exit code 1.
+A grid is a TOML file: `tasks`, `seeds`, `flags` (for every run), and under [methods] a name and its command each; a
+table [task_flags] may add flags for one task. Every run has a folder of its own under runs/grids/. When it has ended
+well, its metrics.csv and args.json are copied to benchmark/results/<grid>/<task>/<method>/seed<seed>/; such a run is
+skipped the next time. One that died is started anew; one that fails is reported with its last line, and makes the exit
+code 1.
 """
 
 import concurrent.futures
@@ -49,7 +50,7 @@ def read_grid(path: Path, only: str = "") -> list[Run]:
                 flags = f"{grid.get('flags', '')} {grid.get('task_flags', {}).get(task, '')}"
                 run_dir = ROOT / "runs" / "grids" / path.stem / name
                 words = [*shlex.split(command), "--task", task, "--seed", str(seed), *shlex.split(flags)]
-                words = [sys.executable, *words, "--run-dir", str(run_dir)]
+                words = [sys.executable, *words, "--run-dir", str(run_dir.relative_to(ROOT))]
                 runs.append(Run(name, tuple(words), run_dir, ROOT / "benchmark" / "results" / path.stem / name))
     return runs
 
