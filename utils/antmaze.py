@@ -14,6 +14,8 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 
+from utils.errors import InputError
+
 MAPS = {  # 1 wall, r start, g goal: the maps that D4RL evaluates on
     "umaze": ("11111", "1r001", "11101", "1g001", "11111"),
     "medium": ("11111111", "1r011001", "10010001", "11000111", "10010001", "10100101", "100010g1", "11111111"),
@@ -52,7 +54,8 @@ def make_model(maze: str, render_size: int = 480) -> mujoco.MjModel:
     spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
     spec.option.timestep = 0.02
     rows = MAPS[maze]
-    spec.geom("floor").size = [2 * CELL * len(rows[0]), 2 * CELL * len(rows[0]), CELL]
+    floor = spec.geom("floor")
+    floor.size, floor.material, floor.rgba = [2 * CELL * len(rows[0])] * 2 + [CELL], "", [0.6, 0.6, 0.55, 1]
     for i, row in enumerate(rows):
         for j, letter in enumerate(row):
             if letter == "1":
@@ -61,7 +64,7 @@ def make_model(maze: str, render_size: int = 480) -> mujoco.MjModel:
                 wall.name, wall.type = f"wall_{i}_{j}", mujoco.mjtGeom.mjGEOM_BOX
                 wall.size, wall.pos = [CELL / 2, CELL / 2, 1], [x, y, 1]
                 wall.contype, wall.conaffinity = 1, 1
-                wall.rgba = [0.55, 0.55, 0.6, 1]
+                wall.rgba = [0.3, 0.33, 0.45, 1]
     for geom in spec.geoms:
         geom.solref, geom.solimp[:3] = [0.02, 1], [0.8, 0.8, 0.01]
     for motor in spec.actuators:
@@ -69,7 +72,8 @@ def make_model(maze: str, render_size: int = 480) -> mujoco.MjModel:
         motor.ctrlrange = [-MAX_TORQUE, MAX_TORQUE]
     goal = spec.worldbody.add_site()
     goal.name, goal.type = "goal", mujoco.mjtGeom.mjGEOM_CYLINDER
-    goal.size, goal.rgba = [GOAL_RADIUS, 0.05, 0], [0.9, 0.2, 0.2, 0.7]
+    goal.size, goal.rgba = [GOAL_RADIUS, 0.5, 0], [0.9, 0.2, 0.2, 1]
+    goal.pos = [*cell_position(maze, find_cell(maze, "g")), 0]  # not 0: MuJoCo would fix it to the world's origin
     model = spec.compile()
     model.vis.global_.offwidth = model.vis.global_.offheight = render_size
     return model
@@ -79,8 +83,8 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
     """An ant that walks through a maze to a goal it is not shown: the goal is (nearly) the same in every episode.
 
     Observation (29,): torso position (x, y, z) and orientation (w, x, y, z), 8 joint angles, 6 + 8 velocities.
-    Action (8,): torques as shares of 30 N m, .1 s long. Reward 1 and the end of the episode within .5 m of the goal, else 0;
-    falling does not end it. The time limit is the registered one (700 in umaze, 1000 else).
+    Action (8,): torques as shares of 30 N m, .1 s long. Reward 1 and the end of the episode within .5 m of the goal,
+    else 0; falling does not end it. The time limit is the registered one (700 in umaze, 1000 else).
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
@@ -116,6 +120,12 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
         return self.observation()
+
+    def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """D4RL's rows as they are; the file's terminals are its successes."""
+        if arrays["rewards"].min() < 0:
+            raise InputError("AntMaze rewards below 0: D4RL's are 0 and 1, and the task itself shifts them by -1")
+        return arrays | {"infos/success": arrays["terminals"].astype(bool)}
 
     def set_row(self, rows: dict[str, np.ndarray], i: int) -> None:
         """Puts the simulator into the state of row `i` of D4RL-layout arrays; it is all in the observation."""

@@ -1,27 +1,31 @@
 """Offline data sets: every source ends in the same arrays, checked.
 
-    python -m utils.data list                  every task, its data, and whether it lies on this machine
-    python -m utils.data inspect FILE          shapes, episodes, success, returns and problems of a data set
-    python -m utils.data generate NAME         writes a generated data set into the cache and prints its path
+    python -m utils.data list                      every task, its data, and whether it lies on this machine
+    python -m utils.data inspect FILE              shapes, episodes, success, returns and problems of a data set
+    python -m utils.data replay FILE --task NAME   does the simulator do what the file says?
+    python -m utils.data generate NAME             writes a generated data set and prints its path
+    python -m utils.data download NAME             fetches a task's data
 
-`load_specs` reads what `--dataset` names. HDF5 only; nothing is ever unpickled.
+`load` reads what `--dataset` names. One small module a format; HDF5, npz and JSON only, and nothing is ever unpickled.
 """
 
 import contextlib
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import h5py
 import numpy as np
 import tyro
 
+from utils import d4rl, download, minari_data, ogbench_data, robomimic
 from utils.errors import InputError
+from utils.files import atomic_write, cache_dir, check_finite, human_size, open_hdf5
 
+Relabel = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+FLAGS = ("rewards", "terminals", "timeouts", "infos/success", "infos/goal_achieved", "ends", "fillers")
 ACTION_LIMIT = 1 - 1e-5  # a tanh-Gaussian has no density at +-1
 
 
@@ -68,30 +72,29 @@ class Dataset:
         return np.concatenate(rows[count:]), np.concatenate(rows[:count])
 
 
-def cache_dir() -> Path:
-    """Where generated data lies: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
-    return Path(os.environ.get("EXPO_CACHE_DIR") or Path.home() / ".cache" / "expo")
-
-
 def load(args: Any, env: Any) -> Dataset:
-    """The data that a script's flags ask for (`args.dataset`), fitted to its environment."""
-    return load_specs(args.dataset, env)
+    """The data that a script's flags ask for (`args.dataset`, `args.obs_keys`), fitted to its environment."""
+    return load_specs(args.dataset, env, getattr(args, "obs_keys", ()))
 
 
-def load_specs(specs: Sequence[str], env: Any = None) -> Dataset:
+def load_specs(specs: Sequence[str], env: Any = None, obs_keys: Sequence[str] = ()) -> Dataset:
     """The data sets that `specs` name, joined.
 
     Args:
-        specs: each a path to a D4RL-layout HDF5 file, or `generated:NAME`.
+        specs: each a path or one of the words of `locate`; what is not on this machine is downloaded or generated.
         env: the environment that the rows must fit (as `utils.envs.make_env` makes it); None checks the file alone.
-            Actions are rescaled from the environment's own bounds to [-1, 1] and clipped to +-(1 - 1e-5).
+            A task that counts rewards or ends in its own way relabels the rows here. Actions are rescaled from the
+            environment's own bounds to [-1, 1] and clipped to +-(1 - 1e-5).
+        obs_keys: observation keys, in this order, of files that have several (robomimic).
 
     Raises:
         InputError: a missing, broken or unfit file.
     """
+    if not specs:
+        raise InputError("no data: name it with --dataset (a file, d4rl:NAME, minari:ID, ...; see docs/data.md)")
     parts = []
     for spec in specs:
-        part = read_d4rl(resolve(spec))
+        part = read(resolve(spec), env, obs_keys)
         if env is not None:
             fit_to_env(part, env, spec)
         parts.append(part)
@@ -104,58 +107,98 @@ def load_specs(specs: Sequence[str], env: Any = None) -> Dataset:
             raise InputError(f"{spec}: observation and action widths {widths} differ from {first} of {specs[0]}")
     offsets = np.cumsum([0, *(len(part) for part in parts[:-1])])
     known = [part.success for part in parts if part.success is not None]
-    fields = ("obs", "actions", "rewards", "next_obs", "terminations")
-    return Dataset(
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields},
-        episodes=np.concatenate([part.episodes + offset for part, offset in zip(parts, offsets, strict=True)]),
-        success=np.concatenate(known) if len(known) == len(parts) else None,
-        dropped=sum(part.dropped for part in parts),
-    )
+    fields: dict[str, Any] = {
+        "episodes": np.concatenate([part.episodes + offset for part, offset in zip(parts, offsets, strict=True)]),
+        "success": np.concatenate(known) if len(known) == len(parts) else None,
+        "dropped": sum(part.dropped for part in parts),
+    }
+    for name in ("obs", "actions", "rewards", "next_obs", "terminations"):
+        fields[name] = np.concatenate([getattr(part, name) for part in parts])
+        for part in parts:
+            setattr(part, name, None)  # one field at a time is held twice, not all of them
+    return Dataset(**fields)
+
+
+def locate(spec: str) -> tuple[Path, str]:
+    """Where the data of one `--dataset` word lies (or would lie) on this machine, and its address ("" for a path).
+
+    Args:
+        spec: a path, `d4rl:NAME`, `minari:ID`, `ogbench:NAME`, `robomimic:TASK/TYPE` or `generated:NAME`.
+    """
+    kind, colon, name = spec.partition(":")
+    finders = {
+        "d4rl": d4rl.locate,
+        "minari": minari_data.locate,
+        "ogbench": ogbench_data.locate,
+        "robomimic": robomimic.locate,
+        "generated": _locate_generated,
+    }
+    if colon and kind in finders:
+        return finders[kind](name)
+    return Path(spec).expanduser(), ""
 
 
 def resolve(spec: str) -> Path:
-    """The file behind one `--dataset` word; generated data is made on first use."""
+    """The file behind one `--dataset` word; it is downloaded or generated if it is not there."""
+    path, address = locate(spec)
     kind, _, name = spec.partition(":")
+    if path.exists() or not address:
+        return path
     if kind == "generated":
         return generate(name)
-    return Path(spec).expanduser()
+    if kind == "minari":
+        minari_data.download(name, path)
+    else:
+        download.fetch(address, path)
+    return path
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, renamed to `path` if the block succeeds: readers see all or nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({error.strerror}); set EXPO_CACHE_DIR") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def read(path: Path, env: Any = None, obs_keys: Sequence[str] = ()) -> Dataset:
+    """Reads a file of any known layout, told apart by what is in it, and relabels it for the task of `env`."""
+    relabel = None
+    with contextlib.suppress(AttributeError):  # most environments take the rows as they are
+        relabel = env.get_wrapper_attr("relabel")
+    if path.is_dir():
+        arrays = minari_data.read(minari_data.main_file(path))
+    elif zipfile.is_zipfile(path):
+        arrays = ogbench_data.read(path)
+    else:
+        with open_hdf5(path) as file:
+            keys = set(file)
+        if "data" in keys:
+            arrays = robomimic.read(path, obs_keys, env)
+        elif any(key.startswith("episode_") for key in keys):
+            arrays = minari_data.read(path)
+        else:
+            arrays = d4rl.read(path)
+    return from_d4rl_arrays(arrays, str(path), relabel)
 
 
 # ---------------------------------------------------------------------------------------------- generated data
 
 
-def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Path:
-    """Path of the generated data set `name` in the cache; made if it is not there (deterministic for a seed)."""
+def _locate_generated(name: str, num_episodes: int = 60, seed: int = 0) -> tuple[Path, str]:
     from utils import pointmaze, tasks  # here, because the table of tasks needs MuJoCo and reading a file does not
 
     maze = name.removeprefix("pointmaze-")
     if maze not in pointmaze.MAPS or maze == name:
         known = ", ".join(f"generated:pointmaze-{key}" for key in pointmaze.MAPS)
         raise InputError(f"generated:{name} is unknown (known: {known})")
-    task = tasks.TASKS[name]
-    settings = task.settings
-    path = cache_dir() / f"{name}-{num_episodes}x{settings['max_episode_steps']}-seed{seed}.hdf5"
+    limit = tasks.TASKS[name].settings["max_episode_steps"]
+    return cache_dir() / f"{name}-{num_episodes}x{limit}-seed{seed}.hdf5", "made here at its first use"
+
+
+def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Path:
+    """Path of the generated data set `name` in the cache; made if it is not there (deterministic for a seed)."""
+    from utils import pointmaze, tasks
+
+    path, _ = _locate_generated(name, num_episodes, seed)
     if path.exists():
         return path
+    task = tasks.TASKS[name]
+    settings = task.settings
     env = tasks.make_env(task.env_id, task.env_kwargs, settings["max_episode_steps"], settings["action_repeat"])
-    arrays = pointmaze.generate(env, maze, num_episodes, seed)
+    arrays = pointmaze.generate(env, name.removeprefix("pointmaze-"), num_episodes, seed)
     env.close()
     attributes = {"task": name, "seed": seed, "num_episodes": num_episodes}
     with atomic_write(path) as temporary:
@@ -163,123 +206,103 @@ def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def write_d4rl(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
-    """Writes a D4RL-layout HDF5 file; `arrays` maps a key such as "infos/success" to an array (n, ...)."""
-    with h5py.File(path, "w", track_order=True) as file:
-        file.attrs.update(attributes)
-        for key, value in arrays.items():
-            file.create_dataset(key, data=value, compression="gzip", track_times=False)
+# ----------------------------------------------------------------------------------------- from arrays to transitions
 
 
-# ------------------------------------------------------------------------------------------------ D4RL's layout
+write_d4rl = d4rl.write
 
 
 def read_d4rl(path: Path) -> Dataset:
-    """Reads flat arrays observations, actions, rewards, terminals and, where present, timeouts and next_observations.
+    """Reads a file of D4RL's layout, as it is."""
+    return from_d4rl_arrays(d4rl.read(path), str(path))
 
-    Without next_observations a row's successor is the next row, so that a row with its timeout flag set and the file's
-    last row have none: they are dropped, and never made terminal. A terminal row needs no successor and stays.
+
+def from_d4rl_arrays(arrays: dict[str, np.ndarray], source: str, relabel: Relabel | None = None) -> Dataset:
+    """A checked Dataset from D4RL's flat arrays (and the two keys of `utils.d4rl`).
+
+    Without next_observations a row's successor is the next row, so that the last row of an episode (flagged timeout, or
+    last in the file) has none: it is dropped, and never made terminal. A terminal row needs no successor and stays.
+
+    Args:
+        arrays: observations (n, O), actions (n, A), rewards, terminals and, where there are, timeouts,
+            next_observations, infos/success, infos/goal_achieved, ends, fillers.
+        source: names them in errors.
+        relabel: a task's own rewards and ends: checked arrays -> arrays.
 
     Raises:
-        InputError: with the file's name and what is wrong.
+        InputError: with the source's name and what is wrong.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give an HDF5 file")
-    try:
-        with h5py.File(path, "r") as file:
-            arrays = {key: _read(file, key, path) for key in ("observations", "actions", "rewards", "terminals")}
-            optional = ("timeouts", "next_observations", "infos/success", "infos/goal_achieved")
-            arrays |= {key: _read(file, key, path) for key in optional if key in file}
-    except OSError as error:
-        raise InputError(f"{path} is not a complete HDF5 file ({str(error).splitlines()[0][:100]})") from None
-    return from_d4rl_arrays(arrays, str(path))
+    arrays = check_arrays(dict(arrays), source)
+    if relabel is not None:
+        arrays = relabel(arrays)
+    n, ends, terminals = len(arrays["rewards"]), arrays["ends"], arrays["terminals"].astype(bool)
+    obs = arrays.pop("observations").astype(np.float32, copy=False)
+    fillers = arrays.get("fillers", np.zeros(n, bool)).astype(bool)
+    keep = ~fillers if "next_observations" in arrays else ~fillers & (terminals | ~ends)
+    if not keep.any():
+        raise InputError(f"{source} has no complete transition: every row ends an episode without a successor")
+    rows = np.flatnonzero(keep)
+    if "next_observations" in arrays:
+        next_obs = select(arrays.pop("next_observations").astype(np.float32, copy=False), keep)
+    else:
+        next_obs = obs[np.minimum(rows + 1, n - 1)]
+    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
+    bounds = np.stack([starts, np.flatnonzero(ends) + 1], axis=1)
+    success = arrays.get("infos/success", arrays.get("infos/goal_achieved"))
+    if success is not None:
+        success = np.maximum.reduceat(success.astype(bool), starts)
+    episodes = np.concatenate([[0], np.cumsum(keep)])[bounds]
+    nonempty = episodes[:, 1] > episodes[:, 0]
+    return Dataset(
+        obs=select(obs, keep),
+        actions=select(arrays.pop("actions").astype(np.float32, copy=False), keep),
+        rewards=select(arrays["rewards"].astype(np.float32, copy=False), keep),
+        next_obs=next_obs,
+        terminations=terminals[keep].astype(np.float32),
+        episodes=episodes[nonempty],
+        success=None if success is None else success[nonempty],
+        dropped=int((~keep & ~fillers).sum()),
+    )
 
 
-def _read(file: h5py.File, key: str, path: Path) -> np.ndarray:
-    if key not in file:
-        raise InputError(f"{path} has no {key!r} (it has: {', '.join(list(file)[:12]) or 'nothing'})")
-    item = file[key]
-    if not isinstance(item, h5py.Dataset):
-        raise InputError(f"{path}: {key!r} is a group; D4RL's layout has an array there")
-    if item.dtype.kind not in "fiub":
-        raise InputError(f"{path}: {key!r} holds {item.dtype}, not numbers")
-    try:
-        return item[()] if item.shape == () else item[:]
-    except (OSError, ValueError, TypeError, MemoryError) as error:
-        raise InputError(f"{path}: {key!r} cannot be read ({str(error).splitlines()[0][:100]})") from None
+def select(array: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The rows to keep; the array itself, uncopied, where that is all of them."""
+    return array if keep.all() else array[keep]
 
 
-def from_d4rl_arrays(arrays: dict[str, np.ndarray], source: str) -> Dataset:
-    """A checked Dataset from D4RL's flat arrays; `source` names them in errors."""
-    observations, actions = arrays["observations"], arrays["actions"]
+def check_arrays(arrays: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """D4RL's arrays with flags of shape (n,) and with `ends`; whatever is wrong with them is an InputError."""
+    for key in d4rl.REQUIRED:
+        if key not in arrays:
+            raise InputError(f"{source} has no {key!r} (it has: {', '.join(list(arrays)[:12]) or 'nothing'})")
+    observations = arrays["observations"]
     n = len(observations) if observations.ndim else 0
     if n == 0:
         raise InputError(f"{source} is empty: it has no rows")
     for key, value in arrays.items():
+        if value.dtype.kind not in "fiub":
+            raise InputError(f"{source}: {key!r} holds {value.dtype}, not numbers")
         if value.ndim == 0 or len(value) != n:
             rows = 0 if value.ndim == 0 else len(value)
             raise InputError(f"{source}: {key!r} has {rows:,} rows but 'observations' has {n:,}")
     for key in ("observations", "actions"):
         if arrays[key].ndim != 2 or arrays[key].shape[1] == 0:
             raise InputError(f"{source}: {key!r} has shape {arrays[key].shape}; (rows, width) is needed")
-    flags = {}
-    for key in ("rewards", "terminals", "timeouts", "infos/success", "infos/goal_achieved"):
-        if key in arrays:
-            if arrays[key].size != n:
-                raise InputError(f"{source}: {key!r} has shape {arrays[key].shape}; ({n},) or ({n}, 1) is needed")
-            flags[key] = arrays[key].reshape(n)
     if arrays.get("next_observations", observations).shape != observations.shape:
         shape = arrays["next_observations"].shape
         raise InputError(f"{source}: 'next_observations' has shape {shape}, 'observations' {observations.shape}")
-    for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts"):
+    for key, value in arrays.items():
+        check_finite(value, key, source)
+    for key in FLAGS:
         if key in arrays:
-            check_finite(arrays[key], key, source)
-
-    terminals = flags["terminals"].astype(bool)
-    ends = terminals | flags.get("timeouts", np.zeros(n)).astype(bool)
-    ends[-1] = True
-    obs = observations.astype(np.float32, copy=False)
-    if "next_observations" in arrays:
-        next_obs, keep = arrays["next_observations"].astype(np.float32, copy=False), np.ones(n, bool)
-    else:
-        next_obs, keep = np.concatenate([obs[1:], obs[-1:]]), terminals | ~ends
-    if not keep.any():
-        raise InputError(f"{source} has no complete transition: every row ends an episode without a successor")
-    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
-    bounds = np.stack([starts, np.flatnonzero(ends) + 1], axis=1)
-    success = None
-    for key in ("infos/success", "infos/goal_achieved"):
-        if key in flags:
-            success = np.maximum.reduceat(flags[key].astype(bool), starts)
-            break
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    episodes = kept_before[bounds]
-    nonempty = episodes[:, 1] > episodes[:, 0]
-    return Dataset(
-        obs=obs[keep],
-        actions=actions.astype(np.float32, copy=False)[keep],
-        rewards=flags["rewards"].astype(np.float32, copy=False)[keep],
-        next_obs=next_obs[keep],
-        terminations=terminals[keep].astype(np.float32),
-        episodes=episodes[nonempty],
-        success=None if success is None else success[nonempty],
-        dropped=int(n - keep.sum()),
-    )
-
-
-def check_finite(array: np.ndarray, key: str, source: str) -> None:
-    """Raises InputError that names the first row with NaN, an infinite value, or one too large for float32."""
-    if array.dtype.kind != "f":
-        return
-    bad = ~(np.abs(array) <= np.finfo(np.float32).max)
-    if bad.any():
-        row = int(np.flatnonzero(bad.reshape(len(array), -1).any(axis=1))[0])
-        value = array[row].reshape(-1)[bad[row].reshape(-1)][0]
-        raise InputError(
-            f"{source}: {key!r} has {int(bad.sum()):,} values that are not finite, the first {value} in row {row:,}"
-        )
+            if arrays[key].size != n:
+                raise InputError(f"{source}: {key!r} has shape {arrays[key].shape}; ({n},) or ({n}, 1) is needed")
+            arrays[key] = arrays[key].reshape(n)
+    if "ends" not in arrays:
+        arrays["ends"] = arrays["terminals"].astype(bool) | arrays.get("timeouts", np.zeros(n)).astype(bool)
+    arrays["ends"] = arrays["ends"].astype(bool)
+    arrays["ends"][-1] = True
+    return arrays
 
 
 def fit_to_env(data: Dataset, env: Any, source: str) -> None:
@@ -352,26 +375,70 @@ def find_problems(data: Dataset) -> list[str]:
 
 
 def list_tasks() -> None:
-    """Prints every task with its data and whether the data lies on this machine."""
+    """Prints every task with its data, and whether that lies on this machine."""
     from utils.tasks import TASKS
 
-    width = max(map(len, TASKS))
     for name, task in TASKS.items():
-        print(f"{name:<{width}}  {task.about}  [{' '.join(task.dataset)}]")
+        print(f"{name}: {task.about}  (settings: {task.source})")
+        for spec in task.dataset:
+            path, address = locate(spec)
+            try:
+                where = f"{human_size(path.stat().st_size)} at {path}"
+            except OSError:
+                where = ("not here; from " if address.startswith("http") else "") + address
+            print(f"    {spec:<34} {where}")
 
 
 def main() -> None:
     """`python -m utils.data`."""
+    Name = Annotated[str, tyro.conf.Positional]
 
-    def generate_(name: Annotated[str, tyro.conf.Positional], episodes: int = 60, seed: int = 0) -> None:
-        """Writes a generated data set into the cache and prints its path."""
-        print(generate(name, episodes, seed))
+    def replay(file: Name, task: str, rows: int = 2_000, seed: int = 0) -> None:
+        """Compares a D4RL-layout file with a task's simulator, one step from random rows (antmaze-*, adroit-*)."""
+        from utils.replay import report
 
+        report(file, task, rows, seed)
+
+    def generate_(name: Name, episodes: int = 0, seed: int = 0, processes: int = 0, steps: int = 0) -> None:
+        """Writes a generated data set and prints its path.
+
+        Args:
+            name: pointmaze-umaze, -medium, -large, or ogbench-cube-single, -cube-double, -scene, -puzzle-3x3 (from the
+                ogbench package's scripted oracles, in OGBench's layout).
+            episodes: how many; 0 takes 60 (pointmaze) or 1000 (ogbench).
+            seed: the same seed gives the same data.
+            processes: side by side (ogbench); 0 takes one per CPU core.
+            steps: of each episode (ogbench); 0 takes OGBench's 1000.
+        """
+        if episodes < 0 or processes < 0 or steps < 0 or seed < 0:
+            raise InputError("--episodes, --processes, --steps and --seed cannot be negative")
+        if name.startswith("ogbench-"):
+            from utils import ogbench_oracle
+
+            path = ogbench_oracle.generate(name.removeprefix("ogbench-"), episodes or 1000, seed, processes, steps)
+        else:
+            path = generate(name, episodes or 60, seed)
+        print(path)
+
+    def download_(name: Name) -> None:
+        """Downloads the data of a task, or one word of --dataset, and prints where it lies."""
+        from utils.tasks import TASKS
+
+        for spec in TASKS[name].dataset if name in TASKS else (name,):
+            path = resolve(spec)
+            if not path.exists():
+                raise InputError(f"{name!r} is neither a task nor a word of --dataset; see `python -m utils.data list`")
+            print(path)
+
+    commands = {"list": list_tasks, "inspect": inspect, "replay": replay, "generate": generate_, "download": download_}
     try:
-        tyro.extras.subcommand_cli_from_dict({"list": list_tasks, "inspect": inspect, "generate": generate_})
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

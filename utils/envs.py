@@ -1,7 +1,10 @@
 """Environments: flat float32 observations, actions in [-1, 1], a time limit, and success in `info`."""
 
+import atexit
 import contextlib
+import importlib
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -12,6 +15,30 @@ from gymnasium import spaces
 from utils.errors import InputError
 
 SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
+
+# This project's own environments: Gymnasium id -> (entry point, its arguments, time limit in actions).
+OWN: dict[str, tuple[str, dict[str, Any], int]] = {
+    "expo/AntMazeUMaze-v2": ("utils.antmaze:AntMaze", {"maze": "umaze"}, 700),
+    "expo/AntMazeMedium-v2": ("utils.antmaze:AntMaze", {"maze": "medium"}, 1000),
+    "expo/AntMazeLarge-v2": ("utils.antmaze:AntMaze", {"maze": "large"}, 1000),
+    "expo/AdroitPenBinary-v1": ("utils.adroit:make", {"name": "pen"}, 100),
+    "expo/AdroitDoorBinary-v1": ("utils.adroit:make", {"name": "door"}, 200),
+    "expo/AdroitRelocateBinary-v1": ("utils.adroit:make", {"name": "relocate"}, 200),
+    "expo/AdroitHammerBinary-v1": ("utils.adroit:make", {"name": "hammer"}, 200),
+    "expo/OGBenchCubeSingle-v0": ("utils.ogbench_data:make", {"name": "cube-single-singletask-v0"}, 200),
+    "expo/OGBenchCubeDouble-v0": ("utils.ogbench_data:make", {"name": "cube-double-singletask-v0"}, 500),
+    "expo/OGBenchScene-v0": ("utils.ogbench_data:make", {"name": "scene-singletask-v0"}, 750),
+    "expo/OGBenchPuzzle3x3-v0": ("utils.ogbench_data:make", {"name": "puzzle-3x3-singletask-v0"}, 500),
+    "expo/RobomimicLift-v1": ("utils.robosuite_env:Robosuite", {"name": "Lift"}, 400),
+    "expo/RobomimicCan-v1": ("utils.robosuite_env:Robosuite", {"name": "PickPlaceCan"}, 400),
+    "expo/RobomimicSquare-v1": ("utils.robosuite_env:Robosuite", {"name": "NutAssemblySquare"}, 400),
+}
+INSTALL = {
+    "ogbench": "pip install -r requirements-ogbench.txt",
+    "robosuite": "install requirements-robomimic.txt into an environment of its own, see docs/data.md",
+    "gymnasium_robotics": "pip install -r requirements.txt",
+}
+EGL = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
 
 
 class ActionRepeat(gym.Wrapper):
@@ -50,27 +77,33 @@ def make_env(
     Raises:
         InputError: unknown id, no continuous Box action space, an observation that cannot be flattened.
     """
-    try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):
-            warnings.simplefilter("ignore")  # of Adroit's dense rewards, which no task here uses
-            import gymnasium_robotics
-
-            gym.register_envs(gymnasium_robotics)
-    except ImportError:
-        pass
     kwargs = dict(env_kwargs or {})
     if render:
         kwargs["render_mode"] = "rgb_array"
     if max_episode_steps:
         kwargs["max_episode_steps"] = -1  # ours goes outside of the action repeat
     try:
+        prepare_rendering(render)
+        register_envs()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if render:
+            env.reset(seed=0)
+            env.render()
+            atexit.register(env.close)  # while the graphics library is still there
     except gym.error.Error as error:
         raise InputError(f"--env-id {env_id!r}: {' '.join(str(error).split())}") from None
     except ModuleNotFoundError as error:
-        raise InputError(f"--env-id {env_id!r} needs a package that is not installed: {error.name}") from None
+        package = (error.name or "").partition(".")[0]
+        how = f" ({INSTALL[package]})" if package in INSTALL else ""
+        raise InputError(f"--env-id {env_id!r} needs a package that is not installed: {package}{how}") from None
+    except InputError:
+        raise
+    except Exception as error:  # of rendering: OpenGL's loaders raise whatever they like
+        if not render:
+            raise
+        raise InputError(f"--capture-video: {rendering_problem(error)}") from None
     if not isinstance(env.action_space, spaces.Box):
         kind = type(env.action_space).__name__
         raise InputError(f"--env-id {env_id!r} has a {kind} action space; EXPO needs a continuous Box one")
@@ -90,6 +123,46 @@ def make_env(
         warnings.simplefilter("ignore")
         env = gym.wrappers.FlattenObservation(env)
         return gym.wrappers.DtypeObservation(env, np.float32)
+
+
+def register_envs() -> None:
+    """Registers this project's environments, and gymnasium-robotics' where it is installed; again does nothing."""
+    for env_id, (entry_point, kwargs, limit) in OWN.items():
+        if env_id not in gym.registry:
+            gym.register(env_id, entry_point, kwargs=kwargs, max_episode_steps=limit)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):
+            warnings.simplefilter("ignore")  # of Adroit's dense rewards, which no task here uses
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+    except ImportError:
+        pass
+
+
+def prepare_rendering(render: bool) -> None:
+    """Lets MuJoCo render without a display: with EGL, unless the user has chosen (MUJOCO_GL) or has a display.
+
+    PyOpenGL chooses when it is first imported, which an environment that does not render may do: so it is told always.
+    MuJoCo is told only if there is something to render, as it opens the graphics device at once.
+    """
+    if os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY") or not sys.platform.startswith("linux"):
+        return
+    os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
+    if render:
+        os.environ["MUJOCO_GL"] = "egl"
+        for name in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):
+            if name in sys.modules:  # imported before the choice: it would look for a display
+                with contextlib.suppress(Exception):  # without EGL; the first picture says so in its own words
+                    importlib.reload(sys.modules[name])
+
+
+def rendering_problem(error: Exception) -> str:
+    """What to do about an exception while rendering."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    if os.environ.get("MUJOCO_GL") == "egl":
+        return f"rendering without a display needs EGL (Debian: {EGL}); {text}"
+    return f"rendering failed with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({text}); try MUJOCO_GL=egl"
 
 
 def native_action_bounds(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:

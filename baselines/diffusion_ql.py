@@ -1,0 +1,444 @@
+"""Diffusion-QL, a baseline: the value gradient goes through the whole denoising chain, which is what EXPO avoids.
+
+Paper: Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning (Wang et al. 2023),
+arXiv 2208.06193. Its code, github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL, is [dql code] below; a bare
+[code] stands in definitions shared with EXPO and means EXPO's.
+
+    python baselines/diffusion_ql.py                                   # the maze, as expo_diffusion.py learns it
+    python baselines/diffusion_ql.py --task pointmaze-large --seed 1   # another task; --help shows its defaults
+    python baselines/diffusion_ql.py --env-id Pusher-v5 --dataset my_data.hdf5
+
+How it differs from expo_diffusion.py: no edit policy. One diffusion actor, with the network, the noise schedule and the
+sampler of EXPO's base policy, minimises its imitation loss minus eta times the normalised Q of an action that it has
+sampled through all K steps with gradients. Its moving average samples the action of the TD target. Critics, buffers,
+symmetric batches, UTD and the loop are EXPO's. Published is offline learning only, with twin critics.
+
+Shapes: B batch, O observation, A action, N action samples, E critics, K denoising steps, U critic updates per
+environment step (UTD).
+"""
+
+import copy
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds utils/ from `python baselines/diffusion_ql.py`
+
+from utils import cli, data
+from utils.buffer import Batch, ReplayBuffer
+from utils.evaluate import evaluate, write_video
+from utils.logger import Logger
+from utils.tasks import make_task_env
+
+
+@dataclass
+class Args:
+    # ---- the run
+    task: str = "pointmaze-medium"  # environment, data and settings in one word; `python -m utils.data list`
+    env_id: str = ""  # any Gymnasium id with continuous actions, with --dataset; without --task: published settings
+    dataset: tuple[str, ...] = ()  # offline data, several are joined: an HDF5 file in D4RL's layout, ...
+    obs_keys: tuple[str, ...] = ()  # observation keys to use, in this order, where the data has several (robomimic)
+    seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
+    total_timesteps: int = 300_000  # environment steps
+    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
+    threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
+    save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
+    capture_video: bool = False  # write a video of one episode at every evaluation
+    track: bool = False  # mirror the log to Weights & Biases (project expo; pip install wandb)
+    eval_every: int = 5_000  # environment steps between evaluations
+    eval_episodes: int = 100  # episodes of each evaluation, for the acting policy
+    log_every: int = 500  # environment steps between rows of training metrics
+    # ---- the task
+    max_episode_steps: int = 0  # time limit in actions; 0 keeps the environment's own
+    action_repeat: int = 1  # simulator steps per action
+    reward_scale: float = 1.0  # rewards of offline and online rows are multiplied by this ...
+    reward_shift: float = 0.0  # ... and then this is added
+    # ---- the algorithm
+    learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
+    offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: all of them
+    utd_ratio: int = 20  # U, critic updates per environment step; the actor is updated once, on the last slice
+    batch_size: int = 256  # B, rows of one slice
+    offline_ratio: float = 0.5  # share of offline rows in every slice (0.5: symmetric sampling)
+    gamma: float = 0.99  # discount per action
+    eta: float = 1.0  # weight of the Q term; published: 1 on locomotion, .5-4.5 on AntMaze, .1 on Adroit
+    max_q_backup: bool = False  # TD target: highest Q of 10 sampled actions; published: on for AntMaze, but not umaze
+    num_action_samples: int = 50  # N, actions per decision, one is drawn with softmax(kappa Q) [dql code]
+    kappa: float = 1.0  # sharpness of that draw; published: 1
+    num_critics: int = 10  # E, critics of the ensemble; published: 2
+    num_min_critics: int = 2  # random critics whose minimum counts, in the draw and in the target
+    tau: float = 0.005  # Polyak rate of the target critics, per critic update
+    ema_rate: float = 0.001  # rate of the actor's moving average; published: .005 at every fifth update, the same pace
+    # ---- networks and optimisers
+    hidden_dim: int = 256  # width of critics
+    hidden_layers: int = 3  # hidden layers of critics
+    critic_lr: float = 3e-4  # Adam, constant
+    actor_lr: float = 3e-4  # Adam, constant
+    grad_norm: float = 5.0  # gradients of critics and of the actor are cut to this norm; published: 1-10 by task
+    base_hidden_dim: int = 256  # width of the actor
+    base_blocks: int = 3  # residual blocks of the actor
+    base_expansion: int = 4  # inner width of a residual block, in base_hidden_dim
+    denoising_steps: int = 10  # K, steps from noise to action; published: 5
+
+
+# ------------------------------------------------------------------------------------------------------ networks
+
+
+def linear(in_dim: int, out_dim: int, init=nn.init.xavier_uniform_) -> nn.Linear:
+    """A Linear layer with the weights drawn by `init` and zero bias [code]."""
+    layer = nn.Linear(in_dim, out_dim)
+    init(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def lecun_normal_(weight: Tensor) -> Tensor:
+    """Flax's default init: variance 1 / fan-in, normal cut at two standard deviations (hence the .8796) [code]."""
+    std = math.sqrt(1 / weight.shape[1]) / 0.87962566
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class ResidualBlock(nn.Module):
+    """LayerNorm, widen, swish, narrow, add: (..., width) -> (..., width)."""
+
+    def __init__(self, width: int, expansion: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.widen = linear(width, width * expansion, lecun_normal_)
+        self.narrow = linear(width * expansion, width, lecun_normal_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(F.silu(self.widen(self.norm(x))))
+
+
+class DenoisingNetwork(nn.Module):
+    """The base policy's network, from IDQL [code]: (noisy actions, obs, code of the time) -> (..., A)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        width = args.base_hidden_dim
+        self.frequencies = nn.Parameter(0.2 * torch.randn(64))  # learned Fourier features of the time
+        self.time_mlp = nn.Sequential(linear(128, width), nn.SiLU(), linear(width, width))
+        self.input = linear(action_dim + obs_dim + width, width)
+        self.blocks = nn.Sequential(*(ResidualBlock(width, args.base_expansion) for _ in range(args.base_blocks)))
+        self.output = linear(width, action_dim)
+
+    def time_code(self, time: Tensor) -> Tensor:
+        """Code (..., W) of the times (..., 1); computed once for a whole batch that shares its time."""
+        angles = 2 * math.pi * time * self.frequencies
+        return self.time_mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+    def forward(self, noisy_actions: Tensor, obs: Tensor, time_code: Tensor) -> Tensor:
+        x = torch.cat([noisy_actions, obs], dim=-1)
+        # One Linear on [noisy action, obs, time code], in two products: a shared time code is not copied to every row.
+        x_weight, time_weight = self.input.weight.split([x.shape[-1], time_code.shape[-1]], dim=1)
+        x = F.linear(x, x_weight) + F.linear(time_code, time_weight, self.input.bias)
+        return self.output(F.silu(self.blocks(x)))
+
+
+class BasePolicy(nn.Module):
+    """Diffusion (DDPM): learns to name the noise in a noisy action and removes it in K steps. Imitation only."""
+
+    alpha_bars: Tensor
+    times: Tensor
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.action_dim = action_dim
+        k = torch.arange(1, args.denoising_steps + 1, dtype=torch.float64)
+        # Variance-preserving schedule with b_min 0.1 and b_max 10 [code].
+        betas = 1 - torch.exp(-0.1 / len(k) - 0.5 * (10 - 0.1) * (2 * k - 1) / len(k) ** 2)  # (K,)
+        alpha_bars = torch.cumprod(1 - betas, dim=0)  # (K,)
+        self.betas, self.noise_weights = betas.tolist(), (betas / (1 - alpha_bars).sqrt()).tolist()
+        self.register_buffer("alpha_bars", alpha_bars.float())
+        self.register_buffer("times", k.float().unsqueeze(-1))  # (K, 1)
+        self.network = DenoisingNetwork(obs_dim, action_dim, args)
+
+    def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Squared error of the predicted noise, summed over action dimensions, mean over the batch: a scalar."""
+        k = torch.randint(len(self.betas), (len(actions),), device=actions.device)
+        noise = torch.randn_like(actions)
+        alpha_bars = self.alpha_bars[k].unsqueeze(-1)  # (B, 1)
+        noisy_actions = alpha_bars.sqrt() * actions + (1 - alpha_bars).sqrt() * noise
+        prediction = self.network(noisy_actions, obs, self.network.time_code(self.times[k]))
+        return (prediction - noise).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor) -> Tensor:
+        """One action per observation: (..., O) -> (..., A) in [-1, 1]."""
+        x = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        time_codes = self.network.time_code(self.times)  # (K, W)
+        for k in reversed(range(len(self.betas))):
+            x = x - self.noise_weights[k] * self.network(x, obs, time_codes[k])
+            x = x / math.sqrt(1 - self.betas[k])
+            if k > 0:
+                x = x + math.sqrt(self.betas[k]) * torch.randn_like(x)
+            x = x.clamp(-1, 1)  # x itself, at every step [code]; not the usual clip of the predicted action
+        return x
+
+
+class DiffusionActor(BasePolicy):
+    """EXPO's base policy, whose chain can also be sampled with gradients."""
+
+    def sample_with_gradient(self, obs: Tensor) -> Tensor:
+        """As `sample`, step for step, but the action (..., A) depends on the network at every one of the K steps."""
+        x = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        time_codes = self.network.time_code(self.times)  # (K, W)
+        for k in reversed(range(len(self.betas))):
+            x = x - self.noise_weights[k] * self.network(x, obs, time_codes[k])
+            x = x / math.sqrt(1 - self.betas[k])
+            if k > 0:
+                x = x + math.sqrt(self.betas[k]) * torch.randn_like(x)
+            x = x.clamp(-1, 1)  # stops the gradient of what lies outside
+        return x
+
+
+class EnsembleLinear(nn.Module):
+    """E independent Linear layers as one batched product: (E, B, I) -> (E, B, J)."""
+
+    def __init__(self, num: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = math.sqrt(6 / (in_dim + out_dim))  # Xavier-uniform, every member by itself [code]
+        self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num, 1, out_dim))
+
+    def forward(self, x: Tensor, heads: Tensor | slice) -> Tensor:
+        return torch.baddbmm(self.bias[heads], x, self.weight[heads])
+
+
+class EnsembleLayerNorm(nn.Module):
+    """E independent LayerNorms: (E, B, I) -> (E, B, I)."""
+
+    def __init__(self, num: int, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(num, 1, width)), nn.Parameter(torch.zeros(num, 1, width))
+
+    def forward(self, x: Tensor, heads: Tensor | slice) -> Tensor:
+        return torch.addcmul(self.bias[heads], F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight[heads])
+
+
+class Critic(nn.Module):
+    """E Q-functions side by side, each an MLP of Linear, LayerNorm, ReLU and a linear head."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.num, widths = args.num_critics, [obs_dim + action_dim] + [args.hidden_dim] * args.hidden_layers
+        self.layers = nn.ModuleList(EnsembleLinear(self.num, *io) for io in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(EnsembleLayerNorm(self.num, width) for width in widths[1:])
+        self.output = EnsembleLinear(self.num, widths[-1], 1)
+
+    def forward(self, obs: Tensor, actions: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+        """qs (E, ...) of observations (..., O) and actions (..., A); with `heads` only of those, at their cost only."""
+        x = torch.cat([obs, actions], dim=-1).flatten(0, -2)
+        x = x.expand(self.output.weight[heads].shape[0], *x.shape)  # (E, B, O + A)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x, heads), heads))
+        return self.output(x, heads).view(-1, *obs.shape[:-1])
+
+    def random_min(self, obs: Tensor, actions: Tensor, num: int) -> Tensor:
+        """q (...): the minimum over `num` heads drawn anew at every call."""
+        heads = torch.randperm(self.num, device=obs.device)[:num]
+        return self(obs, actions, heads).amin(0)
+
+
+# -------------------------------------------------------------------------------------------------------- policy
+
+
+class Agent(nn.Module):
+    """All networks, and the policy that draws one of N sampled actions."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args = args
+        self.actor = DiffusionActor(obs_dim, action_dim, args)
+        self.target_actor = copy.deepcopy(self.actor)  # moving average: makes the TD target [dql code]
+        self.critic = Critic(obs_dim, action_dim, args)
+        self.target_critic = copy.deepcopy(self.critic)
+
+    @torch.no_grad()
+    def drawn_actions(self, obs: Tensor) -> Tensor:
+        """Actions (..., A): one of N samples of the online actor, drawn with softmax(kappa Q). Acts and evaluates."""
+        obs = obs.unsqueeze(-2).expand(*obs.shape[:-1], self.args.num_action_samples, -1)
+        candidates = self.actor.sample(obs)  # (..., N, A)
+        q = self.target_critic.random_min(obs, candidates, self.args.num_min_critics)  # (..., N)
+        weights = F.softmax(self.args.kappa * q, dim=-1)
+        choice = torch.multinomial(weights.view(-1, weights.shape[-1]), 1).view(weights.shape[:-1])
+        return take(candidates, choice)
+
+    forward = drawn_actions  # agent(obs) acts
+
+
+def take(candidates: Tensor, choice: Tensor) -> Tensor:
+    """The chosen candidates: (..., C, A) and indices (...) -> (..., A)."""
+    index = choice[..., None, None].expand(*choice.shape, 1, candidates.shape[-1])
+    return candidates.gather(-2, index).squeeze(-2)
+
+
+# ------------------------------------------------------------------------------------------------------- updates
+
+
+@torch.no_grad()
+def next_action_samples(agent: Agent, next_obs: Tensor) -> Tensor:
+    """Actions (..., S, A) of the target actor for the TD target: S is 10 with --max-q-backup, else 1 [dql code]."""
+    num = 10 if agent.args.max_q_backup else 1
+    return agent.target_actor.sample(next_obs.unsqueeze(-2).expand(*next_obs.shape[:-1], num, -1))
+
+
+@torch.no_grad()
+def double_q_target(agent: Agent, batch: Batch, next_actions: Tensor) -> Tensor:
+    """target_q (B,) from sampled next actions (B, S, A): each head's best of the S, then the lowest of the heads."""
+    args = agent.args
+    heads = torch.randperm(args.num_critics, device=next_actions.device)[: args.num_min_critics]
+    next_obs = batch.next_obs.unsqueeze(-2).expand(*next_actions.shape[:-1], -1)
+    next_q = agent.target_critic(next_obs, next_actions, heads).amax(-1).amin(0)  # (heads, B, S) -> (B,)
+    return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+
+
+def double_q_loss(agent: Agent, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, info): squared TD error, every head towards the same target."""
+    target_q = double_q_target(agent, batch, next_actions)
+    qs = agent.critic(batch.obs, batch.actions)  # (E, B)
+    loss = (qs - target_q).square().mean()
+    return loss, {"losses/critic": loss, "critic/q_mean": qs.mean()}
+
+
+def diffusion_actor_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, info): imitation minus eta Q of a sampled action; Q in units of its own mean size [paper Sec. 3.2]."""
+    imitation = agent.actor.loss(batch.obs, batch.actions) / batch.actions.shape[-1]  # published: mean over dimensions
+    actions = agent.actor.sample_with_gradient(batch.obs)
+    q = agent.critic(batch.obs, actions)  # (E, B); all heads [ours], published: one of the two at random
+    loss = imitation - agent.args.eta * q.mean() / q.detach().abs().mean()
+    info = {"losses/actor": loss, "losses/imitation": imitation, "actor/q_mean": q.mean()}
+    return loss, info | {"actor/clipped_share": (actions.abs() == 1).float().mean()}
+
+
+class DQLOptimizers(NamedTuple):
+    actor: Optimizer
+    critic: Optimizer
+
+
+def make_dql_optimizers(agent: Agent, args: Args) -> DQLOptimizers:
+    """Adam with constant learning rates [dql code]."""
+    actor = torch.optim.Adam(agent.actor.parameters(), args.actor_lr, fused=True)
+    return DQLOptimizers(actor, torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True))
+
+
+def clipped_gradient_step(optimizer: Optimizer, loss: Tensor, max_norm: float) -> None:
+    """One step on the optimizer's own parameters, the gradient cut to `max_norm` [dql code]."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_towards(target: nn.Module, online: nn.Module, rate: float) -> None:
+    """target <- target + rate (online - target), for all parameters."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)  # pyright: ignore
+
+
+def dql_update(agent: Agent, optimizers: DQLOptimizers, batch: Batch) -> dict[str, Tensor]:
+    """U critic steps on the slices of a batch (U, B, ...), then one actor step on the last slice."""
+    args = agent.args
+    # The actor stands still while the critics learn, so the next actions of all slices are drawn at once.
+    next_actions = next_action_samples(agent, batch.next_obs)  # (U, B, S, A)
+    info: dict[str, Tensor] = {}
+    for u in range(len(next_actions)):
+        last = Batch(*(field[u] for field in batch))
+        loss, info = double_q_loss(agent, last, next_actions[u])
+        clipped_gradient_step(optimizers.critic, loss, args.grad_norm)
+        move_towards(agent.target_critic, agent.critic, args.tau)
+    loss, actor_info = diffusion_actor_loss(agent, last)
+    clipped_gradient_step(optimizers.actor, loss, args.grad_norm)
+    move_towards(agent.target_actor, agent.actor, args.ema_rate)
+    return {key: value.detach() for key, value in (info | actor_info).items()}
+
+
+def draw_batch(offline: ReplayBuffer, online: ReplayBuffer, offline_ratio: float, slices: int, rows: int) -> Batch:
+    """A batch (U, B, ...) in which every slice has the same share of offline rows [paper Sec. 5]."""
+    num_offline = round(offline_ratio * rows) if online.size else rows
+    counts = ((offline, num_offline), (online, rows - num_offline))
+    parts = [buffer.sample(slices, count) for buffer, count in counts if count]
+    return Batch(*(torch.cat(fields, dim=1) for fields in zip(*parts, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> None:
+    """One run: load the data, learn offline if asked to, then act and learn online."""
+    device = cli.setup_torch(args)
+    env = make_task_env(args)
+    dataset = data.load(args, env)
+    obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
+    eval_envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
+    video_env = make_task_env(args, render=True) if args.capture_video else None
+    logger = Logger(args, script="baselines.diffusion_ql")
+
+    torch.manual_seed(args.seed)
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    optimizers = make_dql_optimizers(agent, args)
+    rewards = args.reward_scale * dataset.rewards + args.reward_shift
+    offline = ReplayBuffer.from_arrays(
+        dataset.obs, dataset.actions, rewards, dataset.next_obs, dataset.terminations, device
+    )
+    online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
+
+    def run_evaluation(step: int) -> None:
+        """Logs return and success of the acting policy."""
+        seed = args.seed + 1_000_000
+        metrics = evaluate(agent, eval_envs, args.eval_episodes, seed, device).metrics("eval/")
+        logger.write_evaluation(step, metrics)
+        if video_env is not None:
+            video = evaluate(agent, [video_env], 1, seed, device, record=True)
+            write_video(logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
+
+    try:
+        # The same update on offline rows alone, before the first environment step. Logged at steps below 0.
+        for step in tqdm(range(-args.offline_steps, 0), desc="offline", unit="update", disable=None):
+            logger.add(dql_update(agent, optimizers, draw_batch(offline, online, 1.0, 1, args.batch_size)))
+            if step % args.log_every == 0:
+                logger.write(step)
+
+        run_evaluation(step=0)
+        obs, _ = env.reset(seed=args.seed)
+        episodic_return = 0.0
+        for step in tqdm(range(1, args.total_timesteps + 1), desc="online", unit="step", disable=None):
+            if step <= args.learning_starts:
+                action = 2 * torch.rand(action_dim) - 1
+            else:
+                action = agent(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
+            next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
+            online.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
+            obs = next_obs
+            episodic_return += float(reward)
+            if terminated or truncated:
+                logger.add({"charts/episodic_return": episodic_return})
+                obs, _ = env.reset()
+                episodic_return = 0.0
+
+            if step > args.learning_starts:
+                batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
+                logger.add(dql_update(agent, optimizers, batch))
+            if step % args.log_every == 0:
+                logger.write(step)
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                run_evaluation(step)
+        if args.save_model:
+            logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
+    finally:
+        logger.close()
+
+
+if __name__ == "__main__":
+    cli.run(main, Args, __doc__)

@@ -1,0 +1,85 @@
+"""The binary Adroit tasks (pen, door, relocate, hammer) on gymnasium-robotics' hand.
+
+Reward 1 where the goal is reached after the step, else 0 (the tasks shift it by -1), and nothing ends an episode but
+its time limit: a success can be lost again. gymnasium-robotics' own dense rewards are not used: in door, relocate and
+hammer the reach term has the wrong sign.
+"""
+
+import importlib
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from utils.errors import InputError
+
+# What a D4RL file stores beside qpos and qvel, to put the simulator into the state of a row.
+STATE_KEYS = {
+    "pen": ("desired_orien",),
+    "door": ("door_body_pos",),
+    "relocate": ("obj_pos", "target_pos"),
+    "hammer": ("board_pos",),
+}
+WIDTHS = {"pen": 45, "door": 39, "relocate": 39, "hammer": 46}
+
+
+def success_after(name: str, obs: np.ndarray) -> np.ndarray:
+    """Whether the goal is reached in the states with observations (n, O): the simulator's own rule, read off `obs`."""
+    if name == "pen":  # pen near the target's place and parallel to it
+        return (np.linalg.norm(obs[:, 39:42], axis=1) < 0.075) & ((obs[:, 33:36] * obs[:, 36:39]).sum(axis=1) > 0.95)
+    if name == "door":  # hinge angle
+        return obs[:, 28] >= 1.35
+    if name == "relocate":  # ball near the target
+        return np.linalg.norm(obs[:, 36:39], axis=1) < 0.1
+    return np.abs(0.091 - obs[:, 26]) < 0.01  # hammer: the nail's way into the board, in metres
+
+
+class AdroitBinary(gym.Wrapper):
+    """gymnasium-robotics' AdroitHand environment with reward = success and no end but the time limit."""
+
+    def __init__(self, env: gym.Env, name: str):
+        super().__init__(env)
+        self.name = name
+
+    def step(self, action):
+        obs, _, _, truncated, info = self.env.step(action)
+        return obs, float(info["success"]), False, truncated, info
+
+    def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """D4RL's arrays with this task's rewards: success after the row's step, recomputed where the file lacks it.
+
+        A dropped pen ends D4RL's episode. Here it does not (ending would pay, with rewards of -1), and as what comes
+        next is not in the file, those rows end by time.
+        """
+        obs = arrays["observations"]
+        if obs.shape[1] != WIDTHS[self.name]:
+            return arrays  # of another task; the check against the environment says so
+        ends = arrays["ends"]
+        success = arrays.get("infos/success", arrays.get("infos/goal_achieved"))
+        if success is None and "next_observations" in arrays:
+            success = success_after(self.name, arrays["next_observations"])
+        elif success is None:
+            before = success_after(self.name, obs)
+            success = np.where(ends, before, np.roll(before, -1))  # of a row without successor: its own state
+        return arrays | {
+            "rewards": success.astype(np.float32),
+            "infos/success": success.astype(bool),
+            "terminals": np.zeros(len(obs), bool),
+        }
+
+    def set_row(self, rows: dict[str, np.ndarray], i: int) -> None:
+        """Puts the simulator into the state of row `i`, from the infos of a D4RL file."""
+        keys = ("qpos", "qvel", *STATE_KEYS[self.name])
+        missing = [key for key in keys if f"infos/{key}" not in rows]
+        if missing:
+            raise InputError(f"the file has no infos/{missing[0]}, which the state of {self.name} needs")
+        state = {key: rows[f"infos/{key}"][i].astype(np.float64) for key in keys}
+        env: Any = self.env.unwrapped
+        env.set_env_state(state)
+
+
+def make(name: str, render_mode: str | None = None) -> gym.Env:
+    """The binary task `name`; gymnasium registers this function as expo/AdroitPenBinary-v1 and so on."""
+    module = importlib.import_module(f"gymnasium_robotics.envs.adroit_hand.adroit_{name}")
+    env = getattr(module, f"AdroitHand{name.capitalize()}Env")(render_mode=render_mode)
+    return AdroitBinary(env, name)

@@ -1,0 +1,93 @@
+"""robomimic's tasks (lift, can, square) on robosuite 1.5, with the observations that robomimic's files store.
+
+robosuite needs an environment of its own: requirements-robomimic.txt. Reward 1 and the end of the episode at the first
+success, else 0, as the demonstrations stop soon after it; the time limit is the registered one (400 actions of .05 s).
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from utils.errors import InputError
+from utils.robomimic import OBS_KEYS
+
+
+class Robosuite(gym.Env):
+    """A Panda arm, moved by changes of its hand's pose: action (7,) is position, rotation and gripper."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, name: str, obs_keys: Sequence[str] = OBS_KEYS, render_mode: str | None = None):
+        logging.disable(logging.WARNING)  # robosuite's hints about its own settings
+        import robosuite  # pyright: ignore[reportMissingImports]
+        from robosuite.controllers import load_composite_controller_config  # pyright: ignore[reportMissingImports]
+
+        self.robosuite_name, self.obs_keys, self.render_mode = name, tuple(obs_keys), render_mode
+        self.env: Any = robosuite.make(
+            name,
+            robots="Panda",
+            controller_configs=load_composite_controller_config(robot="Panda"),
+            has_renderer=False,
+            has_offscreen_renderer=render_mode is not None,
+            use_camera_obs=False,
+            use_object_obs=True,
+            reward_shaping=False,
+            control_freq=20,
+            ignore_done=True,  # the time limit is Gymnasium's
+        )
+        logging.disable(logging.NOTSET)
+        low, high = self.env.action_spec
+        self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        width = len(self._observation(self.env.reset()))
+        self.observation_space = spaces.Box(-np.inf, np.inf, (width,), np.float64)
+
+    def _observation(self, parts: dict[str, np.ndarray]) -> np.ndarray:
+        """The chosen keys side by side; robomimic calls robosuite's "object-state" plain "object"."""
+        parts = {**parts, "object": parts["object-state"]}
+        missing = [key for key in self.obs_keys if key not in parts]
+        if missing:
+            raise InputError(f"robosuite has no observation {missing[0]!r}; --obs-keys are: {', '.join(sorted(parts))}")
+        return np.concatenate([np.atleast_1d(parts[key]) for key in self.obs_keys])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.rng = np.random.default_rng(seed)
+            if hasattr(self.env, "placement_initializer"):
+                _seed_samplers(self.env.placement_initializer, self.env.rng)
+        return self._observation(self.env.reset()), {}
+
+    def step(self, action):
+        parts, _, _, _ = self.env.step(action)
+        success = bool(self.env._check_success())
+        return self._observation(parts), float(success), success, False, {"success": success}
+
+    def render(self):
+        """The front camera's picture (512, 512, 3) uint8; robosuite's rows run upwards."""
+        return self.env.sim.render(width=512, height=512, camera_name="frontview")[::-1]
+
+    def close(self) -> None:
+        self.env.close()
+
+    def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Demonstrations up to their first success, which is terminal; what follows it cannot happen here."""
+        success, ends = arrays["infos/success"].astype(bool), arrays["ends"]
+        before = np.cumsum(success) - success  # successes before this row, those of earlier episodes included
+        starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
+        first = np.repeat(before[starts], np.diff([*starts, len(ends)]))
+        keep = (before - first) == 0
+        cut = {key: value[keep] for key, value in arrays.items()}
+        cut["terminals"] = success[keep]
+        cut["ends"] = (ends | success)[keep]
+        return cut | {"rewards": success[keep].astype(np.float32)}
+
+
+def _seed_samplers(sampler: Any, rng: np.random.Generator) -> None:
+    """Gives the generator to a placement sampler and those inside it: robosuite makes them with their own."""
+    sampler.rng = rng
+    for inner in getattr(sampler, "samplers", {}).values():
+        _seed_samplers(inner, rng)
