@@ -99,7 +99,7 @@ def paths(agent: Any, args: Any, out: Path) -> None:
         ("imitation alone (base policy)", imitation.paths, imitation.success, imitation.lengths.mean()),
         ("EXPO after 2,000 steps", expo.paths, expo.success, expo.lengths.mean()),
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.0))
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.6))
     for axis, (title, lines, success, length) in zip(axes, panels, strict=True):
         draw_maze(axis)
         for line, good in zip(lines, success, strict=True):
@@ -109,7 +109,7 @@ def paths(agent: Any, args: Any, out: Path) -> None:
     axes[0].plot([], [], color=BASE, label="reaches the goal in time")
     axes[0].plot([], [], color=CHOSEN, label="does not")
     figure.legend(loc="lower center", ncols=2, frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.05, 1, 0.98))
     figure.savefig(out, dpi=110)
 
 
