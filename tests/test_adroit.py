@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 
-from utils import adroit, data
+from utils import adroit, d4rl, data
 from utils.envs import make_env
 from utils.errors import InputError
 from utils.replay import replay
@@ -24,7 +23,7 @@ def shared(name):
     return path
 
 
-def task_env(name):
+def task_env(name) -> Any:
     return make_env(TASKS[f"adroit-{name}-binary"].env_id)
 
 
@@ -149,10 +148,9 @@ def test_pens_two_true_terminals():
     ("file", "name"), [("door-human", "door"), ("door-dapg-expert", "door"), ("pen-dapg-expert", "pen")]
 )
 def test_recomputed_success_is_the_recorded_one(file, name):
-    with h5py.File(shared(f"{file}.hdf5")) as f:
-        obs, recorded = f["observations"][:], f["infos/success"][:]
-        ends = f["terminals"][:] | f["timeouts"][:]
-    after = adroit.success_after(name, obs)[1:]
+    arrays = d4rl.read(shared(f"{file}.hdf5"))
+    recorded, ends = arrays["infos/success"], arrays["terminals"] | arrays["timeouts"]
+    after = adroit.success_after(name, arrays["observations"])[1:]
     assert np.array_equal(after[~ends[:-1]], recorded[:-1][~ends[:-1]]) and recorded.any()
 
 

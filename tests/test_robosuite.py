@@ -5,6 +5,7 @@ The demonstrations are made here, by a scripted arm in the simulator itself, and
 
 import dataclasses
 import json
+from typing import Any
 
 import h5py
 import numpy as np
@@ -54,20 +55,25 @@ def demonstrations(tmp_path_factory):
     with h5py.File(path, "w") as file:
         group = file.create_group("data")
         group.attrs["env_args"] = json.dumps({"env_name": "Lift", "type": 1, "env_kwargs": {"control_freq": 20}})
-        for i in range(4):
-            obs, _ = env.reset(seed=i)
+        seed = i = 0
+        while i < 4:
+            seed += 1
+            obs, _ = env.reset(seed=seed)
             states, actions, rewards = [obs], [], []
-            while sum(rewards) < 3 and len(actions) < 200:
+            while sum(rewards) < 3 and len(actions) < 100:
                 actions.append(lifting_action(states[-1], rng))
                 obs, reward, *_ = env.step(actions[-1])
                 states.append(obs)
                 rewards.append(reward)
+            if sum(rewards) < 3:
+                continue  # a clumsy one
             for name, rows in (("obs", states[:-1]), ("next_obs", states[1:])):
                 for key, part in zip(OBS_KEYS, np.split(np.array(rows), splits, axis=1), strict=True):
                     group[f"demo_{i}/{name}/{key}"] = part.astype(np.float64)
             group[f"demo_{i}/actions"] = np.array(actions, np.float64)
             group[f"demo_{i}/rewards"] = np.array(rewards)
             group[f"demo_{i}/dones"] = (np.array(rewards) > 0).astype(np.int64)
+            i += 1
     return path
 
 
@@ -99,12 +105,30 @@ def test_demonstrations_end_at_their_first_success(demonstrations):
     assert rows.terminations.sum() == rows.rewards.sum() == 4 and len(rows) == len(whole) - 2 * 4
     assert (rows.terminations[rows.episodes[:, 1] - 1] == 1).all()
     with h5py.File(demonstrations) as file:
-        assert np.allclose(rows.next_obs[rows.episodes[0, 1] - 2, :3], file["data/demo_0/next_obs/robot0_eef_pos"][-4])
+        position: Any = file["data/demo_0/next_obs/robot0_eef_pos"]
+        assert np.allclose(rows.next_obs[rows.episodes[0, 1] - 2, :3], position[-4])
 
 
 def test_other_tasks_data_is_refused(demonstrations):
     with pytest.raises(InputError, match=r"Lift.*PickPlaceCan"):
         data.load_specs([str(demonstrations)], task_env("can"))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words"),
+    [
+        ({"control_freq": 10}, "control_freq"),
+        ({"controller_configs": {"type": "OSC_POSE", "kp": 300}}, "kp"),
+        ({"controller_configs": {"type": "BASIC", "body_parts": {"right": {"output_max": [0.1] * 6}}}}, "output_max"),
+    ],
+)
+def test_data_of_another_controller_is_refused(demonstrations, tmp_path, recorded, words):
+    path = tmp_path / "low_dim.hdf5"
+    path.write_bytes(demonstrations.read_bytes())
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift", "env_kwargs": recorded})
+    with pytest.raises(InputError, match=words):
+        data.load_specs([str(path)], task_env("lift"))
 
 
 def test_a_few_hundred_steps_of_training(demonstrations, tmp_path):

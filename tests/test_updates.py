@@ -27,13 +27,13 @@ def hand_worked_agent(script, **flags):
 def test_td_target_by_hand(script):
     """Row 0 ordinary, row 1 terminated, row 2 truncated (which bootstraps as an ordinary row does)."""
     replay = ReplayBuffer(3, 1, 1)
-    replay.add([0.0], [0.0], 1.0, [0.0], terminated=False)
-    replay.add([0.0], [0.0], 1.0, [0.0], terminated=True)
-    replay.add([0.0], [0.0], 4.0, [-2.0], terminated=False)
+    replay.add([2.0], [0.0], 1.0, [0.0], terminated=False)
+    replay.add([2.0], [0.0], 1.0, [0.0], terminated=True)
+    replay.add([2.0], [0.0], 4.0, [-2.0], terminated=False)
     batch = Batch(*(field[:] for field in replay.data))
     candidates = torch.tensor([[[-1.0], [0.5], [1.0]]]).expand(3, 3, 1)
     target_q, choice = script.td_target(hand_worked_agent(script), batch, candidates)
-    # s' = 0: minima -1, 2, 2 -> the first of the two; s' = -2: minima -1, .5, 0.
+    # s' = 0: minima -1, 2, 2 -> the first of the two; s' = -2: minima -1, .5, 0. (At s = 2 the third would win.)
     assert choice.tolist() == [1, 1, 1]
     assert target_q.tolist() == [1 + 0.5 * 2, 1, 4 + 0.5 * 0.5]
     assert not target_q.requires_grad
@@ -42,7 +42,7 @@ def test_td_target_by_hand(script):
 def test_td_target_of_offline_rows_by_hand(script):
     """From the file's flags: a timeout row never ends the return, a terminal row always does."""
     arrays = {
-        "observations": np.zeros((4, 1), np.float32),
+        "observations": np.full((4, 1), 2, np.float32),
         "next_observations": np.array([[0], [0], [-2], [0]], np.float32),
         "actions": np.zeros((4, 1), np.float32),
         "rewards": np.array([1, 1, 4, 1], np.float32),
@@ -487,7 +487,11 @@ def test_edit_step_moves_the_edit_policy_only(script):
     parts = {name: getattr(agent, name) for name in ("base_policy", "target_base_policy", "critic", "target_critic")}
     before, edit_policy = {name: snapshot(part) for name, part in parts.items()}, snapshot(agent.edit_policy)
     log_alpha = agent.log_alpha.item()
-    script.gradient_step(optimizers.edit, script.edit_policy_loss(agent, batch)[0])
+    loss, alpha_loss, _ = script.edit_policy_loss(agent, batch)
+    assert torch.autograd.grad(loss, [agent.log_alpha], allow_unused=True, retain_graph=True) == (None,)
+    wanted = list(agent.edit_policy.parameters())
+    assert all(g is None for g in torch.autograd.grad(alpha_loss, wanted, allow_unused=True))
+    script.gradient_step(optimizers.edit, loss)
     assert not same(agent.edit_policy, edit_policy)
     assert all(same(part, before[name]) for name, part in parts.items())
     assert all(parameter.grad is None for part in parts.values() for parameter in part.parameters())

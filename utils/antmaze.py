@@ -6,11 +6,11 @@ Here Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`) to be D4RL's 
 Differences from ant.xml: time step .02, softer contacts (solref, solimp), motors of gear 1 with +-30 N m.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium.envs.mujoco.mujoco_env as gymnasium_mujoco
-import mujoco
 import numpy as np
 from gymnasium import spaces
 
@@ -31,6 +31,7 @@ MAPS = {  # 1 wall, r start, g goal: the maps that D4RL evaluates on
         "111111111111",
     ),
 }
+mujoco: Any = importlib.import_module("mujoco")  # its compiled part has no types
 CELL = 4.0  # metres
 MAX_TORQUE = 30.0  # N m per motor, at action +-1
 FRAME_SKIP = 5  # physics steps of .02 s per action
@@ -48,13 +49,13 @@ def cell_position(maze: str, cell: np.ndarray) -> np.ndarray:
     return CELL * (cell - find_cell(maze, "r"))[::-1].astype(float)
 
 
-def make_model(maze: str, render_size: int = 480) -> mujoco.MjModel:
+def make_model(maze: str, render_size: int = 480) -> Any:
     """D4RL's ant between the walls of `maze`; goal and walls are drawn, only the walls collide."""
     assets = Path(gymnasium_mujoco.__file__).parent / "assets"
     spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
     spec.option.timestep = 0.02
     rows = MAPS[maze]
-    floor = spec.geom("floor")
+    floor = next(geom for geom in spec.geoms if geom.name == "floor")
     floor.size, floor.material, floor.rgba = [2 * CELL * len(rows[0])] * 2 + [CELL], "", [0.6, 0.6, 0.55, 1]
     for i, row in enumerate(rows):
         for j, letter in enumerate(row):
@@ -98,7 +99,7 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         super().__init__("ant.xml", FRAME_SKIP, space, render_mode, default_camera_config=camera)
         self.action_space = spaces.Box(-1, 1, (8,), np.float32)
 
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+    def _initialize_simulation(self) -> tuple[Any, Any]:
         model = make_model(self.maze, self.width)
         return model, mujoco.MjData(model)
 

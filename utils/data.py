@@ -24,6 +24,7 @@ from utils import d4rl, download, minari_data, ogbench_data, robomimic
 from utils.errors import InputError
 from utils.files import atomic_write, cache_dir, check_finite, human_size, open_hdf5
 
+Positional = Annotated[str, tyro.conf.Positional]
 Relabel = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 FLAGS = ("rewards", "terminals", "timeouts", "infos/success", "infos/goal_achieved", "ends", "fillers")
 ACTION_LIMIT = 1 - 1e-5  # a tanh-Gaussian has no density at +-1
@@ -330,7 +331,7 @@ def fit_to_env(data: Dataset, env: Any, source: str) -> None:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def inspect(file: Annotated[str, tyro.conf.Positional]) -> None:
+def inspect(file: Positional) -> None:
     """Prints shapes, episodes, success, returns and problems of a data set (a path, or any --dataset word)."""
     data = load_specs([file])
     lengths = data.episodes[:, 1] - data.episodes[:, 0]
@@ -391,15 +392,14 @@ def list_tasks() -> None:
 
 def main() -> None:
     """`python -m utils.data`."""
-    Name = Annotated[str, tyro.conf.Positional]
 
-    def replay(file: Name, task: str, rows: int = 2_000, seed: int = 0) -> None:
+    def replay(file: Positional, task: str, rows: int = 2_000, seed: int = 0) -> None:
         """Compares a D4RL-layout file with a task's simulator, one step from random rows (antmaze-*, adroit-*)."""
         from utils.replay import report
 
         report(file, task, rows, seed)
 
-    def generate_(name: Name, episodes: int = 0, seed: int = 0, processes: int = 0, steps: int = 0) -> None:
+    def generate_(name: Positional, episodes: int = 0, seed: int = 0, processes: int = 0, steps: int = 0) -> None:
         """Writes a generated data set and prints its path.
 
         Args:
@@ -420,7 +420,7 @@ def main() -> None:
             path = generate(name, episodes or 60, seed)
         print(path)
 
-    def download_(name: Name) -> None:
+    def download_(name: Positional) -> None:
         """Downloads the data of a task, or one word of --dataset, and prints where it lies."""
         from utils.tasks import TASKS
 

@@ -98,6 +98,23 @@ def dataset(group: h5py.Group, key: str, source: str) -> h5py.Dataset:
     return item
 
 
+def numbered_groups(parent: Any, prefix: str, source: str) -> list[tuple[str, h5py.Group]]:
+    """The groups `prefix`0, 1, 2, ... of a file, in the order of their numbers, each with its name for errors."""
+    found = {}
+    for key in parent:
+        if key.startswith(prefix) and key[len(prefix) :].isdecimal() and len(key) < len(prefix) + 16:
+            found[int(key[len(prefix) :])] = key
+    groups = []
+    for number in sorted(found):
+        group = parent[found[number]]
+        if not isinstance(group, h5py.Group):
+            raise InputError(f"{source}: {found[number]!r} is an array; this layout has a group there")
+        groups.append((f"{source}, {found[number]}", group))
+    if not groups:
+        raise InputError(f"{source} has no {prefix}0, {prefix}1, ...")
+    return groups
+
+
 def check_size(shape: tuple[int, ...], kind: np.dtype, key: str, source: str) -> None:
     """Raises InputError for an array that cannot fit into this machine's memory."""
     size = kind.itemsize * int(np.prod([int(length) for length in shape], dtype=object))

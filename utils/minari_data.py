@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import check_size, dataset, open_hdf5, read_array
+from utils.files import check_size, dataset, numbered_groups, open_hdf5, read_array
 
 SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
 
@@ -54,23 +54,17 @@ def main_file(folder: Path) -> Path:
 def read(path: Path) -> dict[str, np.ndarray]:
     """All episodes as D4RL's arrays (see `utils.d4rl`), in the order of their numbers."""
     with open_hdf5(path) as file:
-        groups = {int(match[1]): file[key] for key in file if (match := re.fullmatch(r"episode_(\d{1,15})", key))}
-        if not groups:
-            raise InputError(f"{path} has no episodes")
-        order = sorted(groups)
+        groups = numbered_groups(file, "episode_", str(path))
         lengths = []
-        for number in order:
-            source, group = f"{path}, episode_{number}", groups[number]
-            if not isinstance(group, h5py.Group):
-                raise InputError(f"{source} is an array; Minari's layout has a group there")
+        for source, group in groups:
             actions = dataset(group, "actions", source)
             if len(actions.shape) != 2:
                 raise InputError(f"{source}: 'actions' has shape {actions.shape}; (steps, width) is needed")
             lengths.append(actions.shape[0])
         rows = np.concatenate([[0], np.cumsum(np.array(lengths) + 1)])  # first row of each episode, filler included
         arrays: dict[str, np.ndarray] = {}
-        for i, number in enumerate(order):
-            source, group, steps = f"{path}, episode_{number}", groups[number], lengths[i]
+        for i, (source, group) in enumerate(groups):
+            steps = lengths[i]
             if steps == 0:
                 raise InputError(f"{source} is empty: it has no steps")
             parts = {"observations": _observations(group, source, steps)}

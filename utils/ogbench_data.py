@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 from utils.errors import InputError
 from utils.files import check_finite, check_size, reason
@@ -99,5 +100,5 @@ def make(name: str, render_mode: str | None = None) -> gym.Env:
     import ogbench  # noqa: F401  # pyright: ignore[reportMissingImports]
 
     spec = gym.spec(name)
-    entry = gym.envs.registration.load_env_creator(str(spec.entry_point))
+    entry = load_env_creator(str(spec.entry_point))
     return SingleTask(entry(**spec.kwargs, render_mode=render_mode), name)  # pyright: ignore[reportArgumentType]

@@ -3,7 +3,6 @@
 The robomimic package is not needed: h5py reads the low-dimensional observations.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,16 @@ import h5py
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import cache_dir, check_finite, check_size, dataset, json_attribute, open_hdf5, read_array
+from utils.files import (
+    cache_dir,
+    check_finite,
+    check_size,
+    dataset,
+    json_attribute,
+    numbered_groups,
+    open_hdf5,
+    read_array,
+)
 
 BASE = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/v1.5/"
 FILES = {
@@ -45,15 +53,9 @@ def read(path: Path, obs_keys: Sequence[str] = (), env: Any = None) -> dict[str,
         if not isinstance(data, h5py.Group):
             raise InputError(f"{path}: 'data' is an array; robomimic's layout has a group there")
         _check_env(json_attribute(data.attrs, "env_args"), env, path)
-        demos = {int(match[1]): data[key] for key in data if (match := re.fullmatch(r"demo_(\d{1,15})", key))}
-        if not demos:
-            raise InputError(f"{path} has no data/demo_0, demo_1, ...")
-        order = sorted(demos)
+        demos = numbered_groups(data, "demo_", str(path))
         lengths = []
-        for number in order:
-            source, demo = f"{path}, demo_{number}", demos[number]
-            if not isinstance(demo, h5py.Group):
-                raise InputError(f"{source} is an array; robomimic's layout has a group there")
+        for source, demo in demos:
             if "obs" not in demo and "states" in demo:
                 raise InputError(
                     f"{source} holds simulator states but no observations: run robomimic's dataset_states_to_obs.py"
@@ -65,8 +67,8 @@ def read(path: Path, obs_keys: Sequence[str] = (), env: Any = None) -> dict[str,
         rows = np.concatenate([[0], np.cumsum(np.array(lengths) + 1)])  # first row of each demo, filler included
         ends, fillers = np.zeros(rows[-1], bool), np.zeros(rows[-1], bool)
         arrays: dict[str, np.ndarray] = {}
-        for i, number in enumerate(order):
-            source, demo, steps = f"{path}, demo_{number}", demos[number], lengths[i]
+        for i, (source, demo) in enumerate(demos):
+            steps = lengths[i]
             parts = {"observations": _join(demo, "obs", obs_keys, source, steps)}
             parts |= {key: read_array(demo, key, source) for key in ("actions", "rewards", "dones")}
             if i == 0:
@@ -108,7 +110,21 @@ def _join(demo: h5py.Group, name: str, obs_keys: Sequence[str], source: str, ste
 
 
 def _check_env(env_args: dict[str, Any], env: Any, path: Path) -> None:
-    """The task that the file says it is from must be the environment's."""
-    recorded, here = env_args.get("env_name"), getattr(getattr(env, "unwrapped", None), "robosuite_name", None)
-    if recorded and here and recorded != here:
-        raise InputError(f"{path} is of robosuite's {recorded}; the task is {here}")
+    """The task, and what its actions mean, must be the environment's where the file records them."""
+    here = getattr(env, "unwrapped", None)
+    name, recorded = env_args.get("env_name"), getattr(here, "robosuite_name", None)
+    if name and recorded and name != recorded:
+        raise InputError(f"{path} is of robosuite's {name}; the task is {recorded}")
+    settings = _dict(env_args.get("env_kwargs"))
+    controller = _dict(settings.get("controller_configs"))
+    arm = _dict(_dict(controller.get("body_parts")).get("right")) or controller  # robosuite 1.5, or before
+    for key, value in getattr(here, "recorded", {}).items():
+        other = {**arm, **settings}.get(key, value)
+        if other != value:
+            raise InputError(
+                f"{path} was recorded with {key} {other}; the task has {value}: its actions mean another thing"
+            )
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -27,10 +27,14 @@ class Robosuite(gym.Env):
         from robosuite.controllers import load_composite_controller_config  # pyright: ignore[reportMissingImports]
 
         self.robosuite_name, self.obs_keys, self.render_mode = name, tuple(obs_keys), render_mode
+        controller = load_composite_controller_config(robot="Panda")
+        arm = controller["body_parts"]["right"]
+        # What a data set's actions mean: files that record another value do not fit.
+        self.recorded = {"control_freq": 20, "kp": arm["kp"], "output_max": arm["output_max"]}
         self.env: Any = robosuite.make(
             name,
             robots="Panda",
-            controller_configs=load_composite_controller_config(robot="Panda"),
+            controller_configs=controller,
             has_renderer=False,
             has_offscreen_renderer=render_mode is not None,
             use_camera_obs=False,
