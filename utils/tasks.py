@@ -33,6 +33,7 @@ class Task:
 
 # Sized for a laptop CPU: small networks, few samples, warm critics before the first environment step.
 QUICKSTART = {
+    "threads": 1,  # networks this small gain little from a second one, and lose everything to a neighbour that uses it
     "action_repeat": 5,
     # 10 at the goal, 0 before it. With -1 per step, what the critics do not know yet looks better than what they know
     # for some 1 / (tau (1 - gamma)) updates. One action moves the value by a share 1 - gamma: at .99 that drowns in the
