@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -158,13 +159,18 @@ class RecordingBuffer(ReplayBuffer):
 def test_online_rows_are_what_happened(script, monkeypatch, tmp_path):
     """Replayed in a fresh environment: same observations, successors and rewards; a time limit is never terminal, and
     its successor is the last state, not the first of the next episode."""
+
+    def make_env(args, render=False):
+        return gym.wrappers.TransformReward(make_task_env(args, render), lambda reward: float(reward) + 2.0)
+
+    monkeypatch.setattr(script, "make_task_env", make_env)  # the maze's own rewards are 0 on the way
     monkeypatch.setattr(script, "ReplayBuffer", RecordingBuffer)
     flags = {"learning_starts": 100, "total_timesteps": 50, "offline_steps": 0, "eval_every": 1000}
     args = tiny_run_args(script, tmp_path / "run", **flags, pretrain_steps=1, reward_scale=3.0, reward_shift=-0.5)
     script.main(args)
     added = RecordingBuffer.last.added
     assert len(added) == 50
-    env = make_task_env(args)
+    env = make_env(args)
     obs, _ = env.reset(seed=args.seed)
     for t, (stored_obs, action, reward, next_obs, terminated) in enumerate(added):
         np.testing.assert_array_equal(stored_obs, obs)
