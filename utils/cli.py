@@ -56,6 +56,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "backup_alpha": (0, math.inf),
     "backup_kappa": (0, math.inf),
     "expectile": (0, 1),
+    "num_action_samples": (1, math.inf),
+    "eta": (0, math.inf),
+    "kappa": (0, math.inf),
+    "grad_norm": (1e-6, math.inf),
     "heldout_share": (0, 0.5),
 }
 
@@ -111,7 +115,9 @@ def check_ranges(args: Any) -> None:
     if not args.env_id:
         raise InputError("--env-id is empty: name a --task or an --env-id")
     if not args.dataset:
-        raise InputError("--dataset is missing: EXPO starts from offline data; give a D4RL-layout HDF5 file")
+        raise InputError(
+            "--dataset is missing: every script here starts from offline data; give a D4RL-layout HDF5 file"
+        )
 
 
 def setup_torch(args: Any) -> torch.device:
