@@ -443,16 +443,18 @@ def main(args: Args) -> None:
     obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
     eval_envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
     video_env = make_task_env(args, render=True) if args.capture_video else None
-    logger = Logger(args, script="expo_finetune")
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
+    if args.pretrained:
+        load_base_policy(agent, args.pretrained)
     optimizers = make_optimizers(agent, args)
     rewards = args.reward_scale * dataset.rewards + args.reward_shift
     offline = ReplayBuffer.from_arrays(
         dataset.obs, dataset.actions, rewards, dataset.next_obs, dataset.terminations, device
     )
     online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
+    logger = Logger(args, script="expo_finetune")
 
     def run_evaluation(step: int) -> None:
         """Logs return and success of the on-the-fly policy and of the base policy alone."""
@@ -466,10 +468,7 @@ def main(args: Args) -> None:
 
     try:
         # (a) The base policy imitates the offline episodes, all but a few held out, or comes from another run.
-        first_step = -args.offline_steps - args.pretrain_steps
-        if args.pretrained:
-            load_base_policy(agent, args.pretrained)
-            first_step = -args.offline_steps
+        first_step = -args.offline_steps - (0 if args.pretrained else args.pretrain_steps)
         split = dataset.split(args.heldout_share, args.seed)
         train_rows, heldout_rows = (torch.from_numpy(rows).to(device) for rows in split)
         for step in tqdm(range(first_step, -args.offline_steps), desc="pretrain", unit="update", disable=None):

@@ -428,7 +428,6 @@ def main(args: Args) -> None:
     obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
     eval_envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
     video_env = make_task_env(args, render=True) if args.capture_video else None
-    logger = Logger(args, script="expo_flow")
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
@@ -438,6 +437,7 @@ def main(args: Args) -> None:
         dataset.obs, dataset.actions, rewards, dataset.next_obs, dataset.terminations, device
     )
     online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
+    logger = Logger(args, script="expo_flow")
 
     def run_evaluation(step: int) -> None:
         """Logs return and success of the on-the-fly policy and of the base policy alone."""

@@ -217,6 +217,7 @@ def test_list_names_every_task_and_where_its_data_is(monkeypatch, capsys, tmp_pa
     ("words", "expected"),
     [
         (("inspect", "nowhere.hdf5"), "no such file"),
+        (("inspect", "nowhere.hdf5", "--task", "antmaze"), "unknown"),
         (("download", "nothing"), "neither a task nor a word"),
         (("generate", "ogbench-cube-billion"), "unknown"),
         (("generate", "pointmaze-huge"), "unknown"),
@@ -230,6 +231,13 @@ def test_one_line_errors(monkeypatch, capsys, words, expected):
     code, _, err = run_cli(monkeypatch, capsys, *words)
     lines = err.strip().splitlines()
     assert code == 2 and lines[-1].startswith("error: ") and expected in lines[-1] and "Traceback" not in err
+
+
+def test_inspect_as_a_task_sees_it(monkeypatch, capsys, tmp_path):
+    path = random_file(tmp_path / "rows.hdf5", "expo/AntMazeUMaze-v2")
+    assert "not in the file" in run_cli(monkeypatch, capsys, "inspect", path)[1]
+    code, out, _ = run_cli(monkeypatch, capsys, "inspect", path, "--task", "antmaze-umaze")
+    assert code == 0 and "0 of 4 episodes" in out
 
 
 def test_replay_prints_the_errors(monkeypatch, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import itertools
 import json
 import random
@@ -15,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import expo_diffusion
@@ -225,9 +227,7 @@ def test_task_defaults(script, task):
 
 
 def test_every_task_setting_is_a_flag_of_some_script():
-    import expo_finetune
-
-    known = set(fields_of(expo_diffusion.Args())) | set(fields_of(expo_finetune.Args()))
+    known = {name for cls in all_args() for name in fields_of(cls())}
     for name, task in TASKS.items():
         assert set(task.settings) <= known, name
 
@@ -305,15 +305,18 @@ def test_every_flag_has_a_help_text(script, capsys):
         assert len(re.sub(r"--\S+|\b[A-Z{}|,\[\]]+\b", "", match.group(0)).split()) >= 3, f"--{name} has no help text"
 
 
+def all_args() -> list[Any]:
+    """Args of every script and baseline."""
+    names = [*SCRIPTS, *(f"baselines.{path.stem}" for path in sorted((ROOT / "baselines").glob("[!_]*.py")))]
+    return [importlib.import_module(name).Args for name in names]
+
+
 @pytest.mark.parametrize("name", cli.RANGES)
 def test_ranges(name):
-    """Both ends are allowed, what lies beyond is not."""
-    import expo_finetune
-
-    args = cli.parse_args(expo_finetune.Args, [])
-    if not hasattr(args, name):
-        assert name in ("actor_lr", "expectile")  # flags of the baselines
-        return
+    """Both ends are allowed, what lies beyond is not; every range belongs to a flag of some script."""
+    having = [cls for cls in all_args() if hasattr(cls, name)]
+    assert having
+    args = cli.parse_args(having[0], [])
     low, high = cli.RANGES[name]
     kind = type(getattr(args, name))
     step = 1 if kind is int else 1e-7

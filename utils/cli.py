@@ -1,9 +1,13 @@
 """Command line of the scripts: flags from the `Args` dataclass, a task's defaults under them, one-line errors."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -18,6 +22,7 @@ T = TypeVar("T")
 
 # Flag -> (smallest, largest allowed value); flags that a script does not have are passed over.
 RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
     "total_timesteps": (0, math.inf),
     "learning_starts": (0, math.inf),
     "offline_steps": (0, math.inf),
@@ -47,6 +52,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "base_blocks": (0, math.inf),
     "base_expansion": (1, math.inf),
     "base_lr": (0, math.inf),
+    "base_weight_decay": (0, math.inf),
     "edit_lr": (0, math.inf),
     "actor_lr": (0, math.inf),
     "critic_lr": (0, math.inf),
@@ -78,7 +84,8 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str
     first.add_argument("--task")
     first.add_argument("--env-id", "--env_id", dest="env_id")
     try:
-        known, _ = first.parse_known_args(argv)
+        with contextlib.redirect_stderr(io.StringIO()):
+            known, _ = first.parse_known_args(argv)
     except SystemExit:  # a flag without its value: tyro words it better
         known = argparse.Namespace(task=None, env_id=None)
     default: Any = cls()
@@ -95,9 +102,23 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str
         settings |= {"env_id": task.env_id, "dataset": task.dataset}
         settings |= {key: value for key, value in task.settings.items() if key in fields}
     default = dataclasses.replace(default, **settings)
-    args = tyro.cli(cls, default=default, args=argv, description=description)
+    args = _read_flags(cls, default, argv, description)
     check_ranges(args)
     return args
+
+
+def _read_flags(cls: type[T], default: T, argv: list[str], description: str | None) -> T:
+    """tyro's answer; its boxed message of several lines becomes one InputError."""
+    boxes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxes):
+            return tyro.cli(cls, default=default, args=argv, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [re.sub("[│─╭╮╰╯]+", " ", line).strip() for line in boxes.getvalue().splitlines()[1:]]
+        words = " ".join(itertools.takewhile(bool, lines))  # up to the first rule: the message itself
+        raise InputError(f"{words.rstrip('.')} (--help shows all flags)") from None
 
 
 def check_ranges(args: Any) -> None:

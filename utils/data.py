@@ -331,9 +331,21 @@ def fit_to_env(data: Dataset, env: Any, source: str) -> None:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def inspect(file: Positional) -> None:
-    """Prints shapes, episodes, success, returns and problems of a data set (a path, or any --dataset word)."""
-    data = load_specs([file])
+def inspect(file: Positional, task: str = "") -> None:
+    """Prints shapes, episodes, success, returns and problems of a data set.
+
+    Args:
+        file: a path, or any word of --dataset.
+        task: look at it as this task does, with its rewards and ends; without it the file alone is read.
+    """
+    env = None
+    if task:
+        from utils.tasks import TASKS, make_env
+
+        if task not in TASKS:
+            raise InputError(f"--task {task!r} is unknown (known: {', '.join(TASKS)})")
+        env = make_env(TASKS[task].env_id, TASKS[task].env_kwargs)
+    data = load_specs([file], env)
     lengths = data.episodes[:, 1] - data.episodes[:, 0]
     returns = data.returns()
     print(f"{file}")

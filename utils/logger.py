@@ -52,11 +52,16 @@ class Logger:
     """
 
     def __init__(self, args: Any, script: str):
+        if args.track:
+            try:
+                import wandb  # pyright: ignore[reportMissingImports]
+            except ImportError:
+                raise InputError("--track needs Weights & Biases: pip install wandb") from None
         name = f"{args.task or args.env_id.replace('/', '_')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(args.run_dir) if args.run_dir else _free_dir(Path("runs") / name)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            if (self.run_dir / "args.json").exists():
+            if any((self.run_dir / part).exists() for part in ("args.json", "metrics.csv")):
                 raise InputError(f"--run-dir {self.run_dir} already holds a run; choose another folder")
             record = {"script": script, "args": dataclasses.asdict(args), "versions": versions()}
             record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -72,10 +77,6 @@ class Logger:
         self.tensorboard = SummaryWriter(str(self.run_dir))
         self.wandb = None
         if args.track:
-            try:
-                import wandb  # pyright: ignore[reportMissingImports]
-            except ImportError:
-                raise InputError("--track needs Weights & Biases: pip install wandb") from None
             self.wandb = wandb.init(project="expo", name=self.run_dir.name, config=record["args"])
         self._pending: dict[str, list[Any]] = {}
         self.start = time.perf_counter()
