@@ -113,6 +113,17 @@ def table(methods: dict[str, list[Curve]], order: list[str]) -> str:
     return "\n".join(lines)
 
 
+def seed_table(curves: list[Curve]) -> str:
+    """A Markdown table with a row per seed of one method."""
+    lines = ["| seed | base policy alone at 0 | at 0 | steps to 90 % | s to 90 % | final (last 5 evaluations) |"]
+    lines.append("|---|---|---|---|---|---|")
+    for seed, curve in enumerate(curves, 1):
+        steps, seconds = curve.first(0.9)
+        cells = [f"{curve.base_success[0]:.2f}", f"{curve.success[0]:.2f}", f"{steps:,.0f}", f"{seconds:.0f}"]
+        lines.append(f"| {seed} | " + " | ".join(cells) + f" | {curve.success[-5:].mean():.2f} |")
+    return "\n".join(lines)
+
+
 def plot(results: dict[str, dict[str, list[Curve]]], order: list[str], out: Path) -> None:
     """One panel per task; `out` gets the picture."""
     import matplotlib
@@ -132,6 +143,11 @@ def plot(results: dict[str, dict[str, list[Curve]]], order: list[str], out: Path
             label = f"{method} ({len(curves)} seeds)"
             axis.plot(curves[0].steps[:length], interquartile_mean(values), style, color=color, lw=1.8, label=label)
             axis.fill_between(curves[0].steps[:length], low, high, color=color, alpha=0.13, lw=0)
+            if len(order) == 1:  # room for its base policy
+                base = interquartile_mean(np.stack([c.base_success[:length] for c in curves]))
+                axis.plot(
+                    curves[0].steps[:length], base, "--", color=STYLES[1][0], lw=1.8, label="its base policy alone"
+                )
         axis.set(title=task, xlabel="environment steps", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("success rate (interquartile mean, 95 % interval)")
@@ -142,12 +158,13 @@ def plot(results: dict[str, dict[str, list[Curve]]], order: list[str], out: Path
     figure.savefig(out, dpi=140)
 
 
-def main(results: Annotated[Path, tyro.conf.Positional], out: Path | None = None) -> None:
+def main(results: Annotated[Path, tyro.conf.Positional], out: Path | None = None, per_seed: bool = False) -> None:
     """Prints a table per task and, with --out, writes the learning curves.
 
     Args:
         results: a folder of benchmark/results.
         out: file for the picture (png, pdf, svg).
+        per_seed: print a table with a row per seed, too.
     """
     found = read_results(results)
     if not found:
@@ -159,6 +176,8 @@ def main(results: Annotated[Path, tyro.conf.Positional], out: Path | None = None
     order.sort(key=lambda method: (known.index(method) if method in known else len(known), method))
     for task, methods in found.items():
         print(f"{task}\n\n{table(methods, [m for m in order if m in methods])}\n")
+        for method in order if per_seed else []:
+            print(f"{method}, by seed\n\n{seed_table(methods[method])}\n")
     if out:
         plot(found, order, out)
         print(f"written: {out}")
