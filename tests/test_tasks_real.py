@@ -2,6 +2,7 @@
 
 import ctypes.util
 import dataclasses
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import expo_finetune
 from utils import cli, data, envs
 from utils.envs import make_env
 from utils.errors import InputError
+from utils.evaluate import SCRIPTS
 from utils.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,7 @@ SMALL = {
     "threads": 1,
     "device": "cpu",
 }
+ALL_SCRIPTS = [importlib.import_module(name) for name in SCRIPTS]
 BY_HAND = [name for name in TASKS if name.startswith(("antmaze", "adroit"))]
 
 
@@ -72,7 +75,7 @@ def script_args(script, *flags, **settings):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_row_of_the_table(name):
     task = TASKS[name]
-    known = {field.name for script in (expo_diffusion, expo_finetune) for field in dataclasses.fields(script.Args)}
+    known = {field.name for script in ALL_SCRIPTS for field in dataclasses.fields(script.Args)}
     assert set(task.settings) <= known, "a setting that no script has"
     envs.register_envs()
     assert task.env_id in gym.registry and task.about and task.source
