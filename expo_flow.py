@@ -42,7 +42,7 @@ class Args:
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python -m utils.data list`
     env_id: str = ""  # any Gymnasium id with continuous actions, with --dataset; without --task: published settings
-    dataset: tuple[str, ...] = ()  # offline data, several are joined: an HDF5 file in D4RL's layout, ...
+    dataset: tuple[str, ...] = ()  # offline data, joined if several: FILE, d4rl:NAME, minari:ID, ... (docs/data.md)
     obs_keys: tuple[str, ...] = ()  # observation keys to use, in this order, where the data has several (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
     total_timesteps: int = 300_000  # environment steps

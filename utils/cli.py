@@ -137,7 +137,8 @@ def check_ranges(args: Any) -> None:
         raise InputError("--env-id is empty: name a --task or an --env-id")
     if not args.dataset:
         raise InputError(
-            "--dataset is missing: every script here starts from offline data; give a D4RL-layout HDF5 file"
+            "--dataset is missing: every script here starts from offline data; give a file, d4rl:NAME, minari:ID, "
+            "ogbench:NAME or robomimic:TASK/TYPE (docs/data.md)"
         )
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 
-PACKAGES = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "h5py")
+PACKAGES = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "h5py", "robosuite", "ogbench", "minari")
 
 
 def versions() -> dict[str, str]:

@@ -90,7 +90,7 @@ ADROIT = {
     "edit_scale": 0.7,
     "edit_dropout": 0.1,
     "total_timesteps": 300_000,
-    "pretrain_steps": 0,
+    "pretrain_steps": 20_000,  # ours: published are online runs only
 }
 ROBOMIMIC = {"edit_scale": 0.05, "eval_every": 10_000, "total_timesteps": 150_000}
 OGBENCH = {"edit_scale": 0.1, "eval_every": 25_000, "total_timesteps": 500_000}
