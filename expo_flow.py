@@ -62,13 +62,13 @@ class Args:
     reward_shift: float = 0.0  # ... and then this is added
     # ---- the algorithm
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
-    offline_steps: int = 0  # [ours] updates on offline rows alone, before the first environment step
+    offline_steps: int = 0  # [ours 3] updates on offline rows alone, before the first environment step
     utd_ratio: int = 20  # U, critic updates per environment step; the policies are updated once, on the last slice
     batch_size: int = 256  # B, rows of one slice
     offline_ratio: float = 0.5  # share of offline rows in every slice (0.5: symmetric sampling)
     gamma: float = 0.99  # discount per action
     num_base_samples: int = 8  # N, base actions per decision
-    num_edit_samples: int = 8  # M, edited actions per decision; 0 is best of N without edits
+    num_edit_samples: int = 8  # M, edited actions per decision; 0 is best of N without edits [ours 5]
     edit_scale: float = 0.05  # bound of an edit, the flag that matters: .01-.15 to refine, .4-.7 to explore
     edit_dropout: float = 0.0  # dropout of the edit policy in its own loss (0.1 on Adroit)
     edit_entropy: Literal["scaled", "published"] = "scaled"  # target -A/2, or within reach [ours 1]
@@ -468,7 +468,7 @@ def main(args: Args) -> None:
             online.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
             obs = next_obs
             episodic_return += float(reward)
-            if terminated or truncated:
+            if terminated or truncated:  # only the former is stored as an end [ours 4]
                 logger.add({"charts/episodic_return": episodic_return})
                 obs, _ = env.reset()
                 episodic_return = 0.0
