@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
-from utils.errors import InputError
+from utils.errors import InputError, exit_on_input_error
 from utils.tasks import TASKS
 
 T = TypeVar("T")
@@ -160,10 +160,8 @@ def setup_torch(args: Any) -> torch.device:
 def run(main: Callable[[Any], Any], cls: type, description: str | None = None) -> None:
     """Parses the flags and calls `main(args)`; bad input ends with one line on stderr and exit code 2."""
     try:
-        main(parse_args(cls, description=description))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with exit_on_input_error():
+            main(parse_args(cls, description=description))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was logged is on disk", file=sys.stderr)
         sys.exit(130)

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from utils import d4rl, download, minari_data, ogbench_data, robomimic
-from utils.errors import InputError
+from utils.errors import InputError, exit_on_input_error
 from utils.files import atomic_write, cache_dir, check_finite, human_size, open_hdf5
 
 Positional = Annotated[str, tyro.conf.Positional]
@@ -444,10 +444,8 @@ def main() -> None:
 
     commands = {"list": list_tasks, "inspect": inspect, "replay": replay, "generate": generate_, "download": download_}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with exit_on_input_error():
+            tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

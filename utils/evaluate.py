@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import tyro
 
 from utils.envs import success_of
-from utils.errors import InputError
+from utils.errors import InputError, exit_on_input_error
 from utils.tasks import make_task_env
 
 SCRIPTS = ("expo_diffusion", "expo_flow", "expo_finetune", "baselines.rlpd", "baselines.idql", "baselines.diffusion_ql")
@@ -195,8 +194,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_input_error():
         tyro.cli(main)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
