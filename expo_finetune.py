@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
+from utils.compiling import compilable
 from utils.evaluate import evaluate, load_base_policy, write_video
 from utils.logger import Logger
 from utils.tasks import make_task_env
@@ -48,6 +49,8 @@ class Args:
     total_timesteps: int = 300_000  # environment steps
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the candidates in the TD target, and of nothing else
     run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
     capture_video: bool = False  # write a video of one episode at every evaluation
@@ -171,6 +174,7 @@ class BasePolicy(nn.Module):
         self.register_buffer("times", k.float().unsqueeze(-1))  # (K, 1)
         self.network = DenoisingNetwork(obs_dim, action_dim, args)
 
+    @compilable
     def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Squared error of the predicted noise, summed over action dimensions, mean over the batch: a scalar."""
         k = torch.randint(len(self.betas), (len(actions),), device=actions.device)
@@ -180,6 +184,7 @@ class BasePolicy(nn.Module):
         prediction = self.network(noisy_actions, obs, self.network.time_code(self.times[k]))
         return (prediction - noise).square().sum(-1).mean()
 
+    @compilable
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """One action per observation: (..., O) -> (..., A) in [-1, 1]."""
@@ -287,6 +292,7 @@ class Agent(nn.Module):
         scaled = math.log(args.edit_scale) if args.edit_entropy == "scaled" else 0.0
         self.target_entropy = action_dim * (scaled - 0.5)
 
+    @compilable
     @torch.no_grad()
     def candidate_actions(self, obs: Tensor, base_policy: BasePolicy) -> Tensor:
         """Candidates (..., C, A) for observations (..., O): N base actions, then M edited ones."""
@@ -305,6 +311,7 @@ class Agent(nn.Module):
         obs = obs.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
         return self.target_critic.random_min(obs, candidates, self.args.num_min_critics)
 
+    @compilable
     def on_the_fly_actions(self, obs: Tensor) -> Tensor:
         """The best candidate (..., A): acts and evaluates, with the moving average of the base policy [code]."""
         candidates = self.candidate_actions(obs, self.target_base_policy)
@@ -320,6 +327,15 @@ def take(candidates: Tensor, choice: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- updates
+
+
+def next_candidates(agent: Agent, next_obs: Tensor) -> Tensor:
+    """Candidates (U, B, C, A) of the TD targets, from the online base policy [code], for all critic steps at once."""
+    obs, device = next_obs.flatten(0, 1), next_obs.device.type
+    rows = max(2048 // agent.args.num_base_samples, 1) if device == "cpu" else len(obs)  # what a CPU's cache can hold
+    with torch.autocast(device, torch.bfloat16, enabled=agent.args.precision == "bfloat16"):
+        parts = [agent.candidate_actions(part, agent.base_policy) for part in obs.split(rows)]
+    return torch.cat(parts).float().unflatten(0, next_obs.shape[:2])
 
 
 @torch.no_grad()
@@ -338,6 +354,7 @@ def td_target(agent: Agent, batch: Batch, candidates: Tensor) -> tuple[Tensor, T
     return batch.rewards + args.gamma * (1 - batch.terminations) * (next_q + bonus), choice
 
 
+@compilable
 def critic_loss(agent: Agent, batch: Batch, candidates: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, info): squared TD error, every head towards the same target [paper Sec. 4.2]."""
     target_q, choice = td_target(agent, batch, candidates)
@@ -347,15 +364,20 @@ def critic_loss(agent: Agent, batch: Batch, candidates: Tensor) -> tuple[Tensor,
     return loss, {"losses/critic": loss, "critic/q_mean": qs.mean(), "edit/selected_share": selected}
 
 
-def edit_policy_loss(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, alpha loss, info): SAC's objective, on edits of the batch's actions, not of fresh base samples [code]."""
+@compilable
+def edit_policy_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, info): SAC's objective, on edits of the batch's actions, not of fresh base samples [code]."""
     edits, log_prob = agent.edit_policy(batch.obs, batch.actions, train=True)
     q = agent.critic(batch.obs, (batch.actions + edits).clamp(-1, 1)).mean(0)  # all online heads [code]
     alpha, entropy = agent.log_alpha.exp(), -log_prob.mean()
     loss = (alpha.detach() * log_prob - q).mean()
-    alpha_loss = alpha * (entropy.detach() - agent.target_entropy)
-    edit_info = {"edit/alpha": alpha, "edit/entropy": entropy, "edit/abs_mean": edits.abs().mean()}
-    return loss, alpha_loss, {"losses/edit_policy": loss, **edit_info}
+    info = {"edit/alpha": alpha, "edit/entropy": entropy, "edit/abs_mean": edits.abs().mean()}
+    return loss, {"losses/edit_policy": loss, **info}
+
+
+def alpha_loss(agent: Agent, entropy: Tensor) -> Tensor:
+    """SAC's temperature: alpha grows while the entropy is below its target, and falls above it."""
+    return agent.log_alpha.exp() * (entropy.detach() - agent.target_entropy)
 
 
 class Optimizers(NamedTuple):
@@ -406,8 +428,7 @@ def update_base_policy(agent: Agent, optimizers: Optimizers, obs: Tensor, action
 
 def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tensor]:
     """U critic steps on the slices of a batch (U, B, ...), then one step of each policy on the last slice [code]."""
-    # Base and edit policy stand still while the critics learn, so the candidates of all slices are drawn at once.
-    candidates = agent.candidate_actions(batch.next_obs, agent.base_policy)  # (U, B, C, A), online base policy [code]
+    candidates = next_candidates(agent, batch.next_obs)  # base and edit policy stand still while the critics learn
     info: dict[str, Tensor] = {}
     for u in range(len(candidates)):
         last = Batch(*(field[u] for field in batch))
@@ -416,9 +437,9 @@ def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tens
         move_towards(agent.target_critic, agent.critic, agent.args.tau)
     info |= update_base_policy(agent, optimizers, last.obs, last.actions)
     if agent.args.num_edit_samples:
-        loss, alpha_loss, edit_info = edit_policy_loss(agent, last)
+        loss, edit_info = edit_policy_loss(agent, last)
         gradient_step(optimizers.edit, loss)
-        gradient_step(optimizers.alpha, alpha_loss)
+        gradient_step(optimizers.alpha, alpha_loss(agent, edit_info["edit/entropy"]))
         optimizers.edit_decay.step()
         info |= edit_info
     return {key: value.detach() for key, value in info.items()}

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds utils/ 
 
 from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
+from utils.compiling import compilable
 from utils.evaluate import evaluate, write_video
 from utils.logger import Logger
 from utils.tasks import make_task_env
@@ -51,6 +52,7 @@ class Args:
     total_timesteps: int = 300_000  # environment steps
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
     run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
     capture_video: bool = False  # write a video of one episode at every evaluation
@@ -163,6 +165,7 @@ class BasePolicy(nn.Module):
         self.register_buffer("times", k.float().unsqueeze(-1))  # (K, 1)
         self.network = DenoisingNetwork(obs_dim, action_dim, args)
 
+    @compilable
     def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Squared error of the predicted noise, summed over action dimensions, mean over the batch: a scalar."""
         k = torch.randint(len(self.betas), (len(actions),), device=actions.device)
@@ -172,6 +175,7 @@ class BasePolicy(nn.Module):
         prediction = self.network(noisy_actions, obs, self.network.time_code(self.times[k]))
         return (prediction - noise).square().sum(-1).mean()
 
+    @compilable
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """One action per observation: (..., O) -> (..., A) in [-1, 1]."""
@@ -264,6 +268,7 @@ class Agent(nn.Module):
         self.critic = Critic(obs_dim, action_dim, args)
         self.target_critic = copy.deepcopy(self.critic)
 
+    @compilable
     @torch.no_grad()
     def drawn_actions(self, obs: Tensor) -> Tensor:
         """Actions (..., A): one of N samples of the online actor, drawn with softmax(kappa Q). Acts and evaluates."""
@@ -286,6 +291,7 @@ def take(candidates: Tensor, choice: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- updates
 
 
+@compilable
 @torch.no_grad()
 def next_action_samples(agent: Agent, next_obs: Tensor) -> Tensor:
     """Actions (..., S, A) of the target actor for the TD target: S is 10 with --max-q-backup, else 1 [dql code]."""
@@ -303,6 +309,7 @@ def double_q_target(agent: Agent, batch: Batch, next_actions: Tensor) -> Tensor:
     return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
 
 
+@compilable
 def double_q_loss(agent: Agent, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, info): squared TD error, every head towards the same target."""
     target_q = double_q_target(agent, batch, next_actions)
@@ -311,6 +318,7 @@ def double_q_loss(agent: Agent, batch: Batch, next_actions: Tensor) -> tuple[Ten
     return loss, {"losses/critic": loss, "critic/q_mean": qs.mean()}
 
 
+@compilable
 def diffusion_actor_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, info): imitation minus eta Q of a sampled action; Q in units of its own mean size [paper Sec. 3.2]."""
     imitation = agent.actor.loss(batch.obs, batch.actions) / batch.actions.shape[-1]  # published: mean over dimensions

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python basel
 
 from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
+from utils.compiling import compilable
 from utils.evaluate import evaluate, write_video
 from utils.logger import Logger
 from utils.tasks import make_task_env
@@ -52,6 +53,7 @@ class Args:
     total_timesteps: int = 300_000  # environment steps
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
     run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
     capture_video: bool = False  # write a video of one episode at every evaluation
@@ -164,6 +166,7 @@ class BasePolicy(nn.Module):
         self.register_buffer("times", k.float().unsqueeze(-1))  # (K, 1)
         self.network = DenoisingNetwork(obs_dim, action_dim, args)
 
+    @compilable
     def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Squared error of the predicted noise, summed over action dimensions, mean over the batch: a scalar."""
         k = torch.randint(len(self.betas), (len(actions),), device=actions.device)
@@ -173,6 +176,7 @@ class BasePolicy(nn.Module):
         prediction = self.network(noisy_actions, obs, self.network.time_code(self.times[k]))
         return (prediction - noise).square().sum(-1).mean()
 
+    @compilable
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """One action per observation: (..., O) -> (..., A) in [-1, 1]."""
@@ -275,11 +279,14 @@ class Agent(nn.Module):
         candidates = self.target_base_policy.sample(obs)
         return candidates, self.target_critic.random_min(obs, candidates, self.args.num_min_critics)
 
+    @compilable
+    @torch.no_grad()
     def best_actions(self, obs: Tensor) -> Tensor:
         """The candidate (..., A) with the highest q: what is evaluated, and by default what acts [idql code]."""
         candidates, q = self.candidates_and_q(obs)
         return take(candidates, q.argmax(-1))
 
+    @compilable
     @torch.no_grad()
     def training_actions(self, obs: Tensor) -> Tensor:
         """Actions (..., A) for the environment: the best, or a sample of the policy that IQL's V implies."""
@@ -309,6 +316,7 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
     return (weight * difference.square()).mean()
 
 
+@compilable
 def value_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, info): V towards the upper expectile of the target critics' Q over the batch's own actions."""
     with torch.no_grad():
@@ -318,6 +326,7 @@ def value_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"losses/value": loss, "critic/v_mean": v.mean()}
 
 
+@compilable
 def iql_critic_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, info): squared error, every head towards r + gamma V(s'); no action is sampled."""
     with torch.no_grad():

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python basel
 
 from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
+from utils.compiling import compilable
 from utils.evaluate import evaluate, write_video
 from utils.logger import Logger
 from utils.tasks import make_task_env
@@ -49,6 +50,7 @@ class Args:
     total_timesteps: int = 300_000  # environment steps
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
     run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
     capture_video: bool = False  # write a video of one episode at every evaluation
@@ -182,11 +184,13 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
         self.target_entropy = -action_dim / 2  # [rlpd code]
 
+    @compilable
     @torch.no_grad()
     def sample_actions(self, obs: Tensor) -> Tensor:
         """Sampled actions (..., A): what training does in the environment."""
         return self.actor(obs)[0]
 
+    @compilable
     @torch.no_grad()
     def mode_actions(self, obs: Tensor) -> Tensor:
         """The tanh of the mean (..., A): what is evaluated."""
@@ -209,6 +213,7 @@ def soft_td_target(agent: Agent, batch: Batch) -> Tensor:
     return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
 
 
+@compilable
 def soft_critic_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, info): squared TD error, every head towards the same target."""
     target_q = soft_td_target(agent, batch)
@@ -217,14 +222,19 @@ def soft_critic_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tens
     return loss, {"losses/critic": loss, "critic/q_mean": qs.mean()}
 
 
-def actor_loss(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, alpha loss, info): SAC's objective, with the mean over all online heads [rlpd code]."""
+@compilable
+def actor_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, info): SAC's objective, with the mean over all online heads [rlpd code]."""
     actions, log_prob = agent.actor(batch.obs)
     q = agent.critic(batch.obs, actions).mean(0)
     alpha, entropy = agent.log_alpha.exp(), -log_prob.mean()
     loss = (alpha.detach() * log_prob - q).mean()
-    alpha_loss = alpha * (entropy.detach() - agent.target_entropy)
-    return loss, alpha_loss, {"losses/actor": loss, "actor/alpha": alpha, "actor/entropy": entropy}
+    return loss, {"losses/actor": loss, "actor/alpha": alpha, "actor/entropy": entropy}
+
+
+def alpha_loss(agent: Agent, entropy: Tensor) -> Tensor:
+    """SAC's temperature: alpha grows while the entropy is below its target, and falls above it."""
+    return agent.log_alpha.exp() * (entropy.detach() - agent.target_entropy)
 
 
 class SACOptimizers(NamedTuple):
@@ -262,9 +272,9 @@ def sac_update(agent: Agent, optimizers: SACOptimizers, batch: Batch) -> dict[st
         loss, info = soft_critic_loss(agent, last)
         gradient_step(optimizers.critic, loss)
         move_towards(agent.target_critic, agent.critic, agent.args.tau)
-    loss, alpha_loss, actor_info = actor_loss(agent, last)
+    loss, actor_info = actor_loss(agent, last)
     gradient_step(optimizers.actor, loss)
-    gradient_step(optimizers.alpha, alpha_loss)
+    gradient_step(optimizers.alpha, alpha_loss(agent, actor_info["actor/entropy"]))
     return {key: value.detach() for key, value in (info | actor_info).items()}
 
 

@@ -172,7 +172,7 @@ def test_rlpd_actor_step_moves_the_actor_alone():
     agent, batch = make_agent(rlpd), make_batch(16)
     optimizers = rlpd.make_sac_optimizers(agent, agent.args)
     actor, critic, target = snapshot(agent.actor), snapshot(agent.critic), snapshot(agent.target_critic)
-    loss, _, _ = rlpd.actor_loss(agent, batch)
+    loss, _ = rlpd.actor_loss(agent, batch)
     rlpd.gradient_step(optimizers.actor, loss)
     assert not unchanged(agent.actor, actor)
     assert unchanged(agent.critic, critic) and unchanged(agent.target_critic, target)
@@ -182,13 +182,14 @@ def test_rlpd_actor_step_moves_the_actor_alone():
 def test_rlpd_actor_loss_is_sacs():
     agent, batch = make_agent(rlpd, init_alpha=0.3), make_batch(16)
     torch.manual_seed(3)
-    loss, alpha_loss, info = rlpd.actor_loss(agent, batch)
+    loss, info = rlpd.actor_loss(agent, batch)
     torch.manual_seed(3)
     actions, log_prob = agent.actor(batch.obs)
     qs = agent.critic(batch.obs, actions)
     slow = sum(0.3 * log_prob[b].item() - sum(qs[e, b].item() for e in range(3)) / 3 for b in range(16)) / 16
     assert loss.item() == pytest.approx(slow, abs=1e-5)
-    assert alpha_loss.item() == pytest.approx(0.3 * (-log_prob.mean().item() + ACTION_DIM / 2), abs=1e-5)
+    alpha_loss = rlpd.alpha_loss(agent, info["actor/entropy"]).item()
+    assert alpha_loss == pytest.approx(0.3 * (-log_prob.mean().item() + ACTION_DIM / 2), abs=1e-5)
     assert info["actor/entropy"].item() == pytest.approx(-log_prob.mean().item(), abs=1e-5)
 
 
@@ -198,7 +199,8 @@ def test_rlpd_temperature_rises_where_the_entropy_is_too_low(monkeypatch, log_st
     optimizers = rlpd.make_sac_optimizers(agent, agent.args)
     shape = (64, ACTION_DIM)
     monkeypatch.setattr(agent.actor, "gaussian", lambda _: (torch.zeros(shape), torch.full(shape, log_std)))
-    rlpd.gradient_step(optimizers.alpha, rlpd.actor_loss(agent, batch)[1])
+    entropy = rlpd.actor_loss(agent, batch)[1]["actor/entropy"]
+    rlpd.gradient_step(optimizers.alpha, rlpd.alpha_loss(agent, entropy))
     assert (agent.log_alpha.item() > 0) == rises
 
 

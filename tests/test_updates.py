@@ -141,7 +141,7 @@ def test_edit_policy_loss_by_hand(script):
     """mean[alpha log p(edit) - mean over all online heads of Q(s, a + edit)] on the batch's own actions."""
     agent, batch = make_agent(script, init_alpha=0.3, edit_scale=0.6), make_batch(12)
     torch.manual_seed(2)
-    loss, _, info = script.edit_policy_loss(agent, batch)
+    loss, info = script.edit_policy_loss(agent, batch)
     torch.manual_seed(2)  # the same random numbers
     alpha, total, entropy = agent.log_alpha.exp().item(), 0.0, 0.0
     with torch.no_grad():
@@ -208,10 +208,10 @@ def test_alpha_moves_towards_the_target_entropy(script, log_std, grows):
             layer.bias.fill_(bias)
     agent.log_alpha.data.zero_()
     optimizers = script.make_optimizers(agent, agent.args)
-    _, alpha_loss, info = script.edit_policy_loss(agent, batch)
+    _, info = script.edit_policy_loss(agent, batch)
     assert (info["edit/entropy"] < agent.target_entropy) == grows
     edit_policy = snapshot(agent.edit_policy)
-    script.gradient_step(optimizers.alpha, alpha_loss)
+    script.gradient_step(optimizers.alpha, script.alpha_loss(agent, info["edit/entropy"]))
     assert agent.log_alpha.item() == pytest.approx(3e-4 if grows else -3e-4, rel=1e-3)
     assert same(agent.edit_policy, edit_policy)
 
@@ -456,8 +456,8 @@ def test_critic_and_edit_steps_leave_the_base_policy_bit_for_bit(script):
     before = snapshot(agent.base_policy), snapshot(agent.target_base_policy)
     candidates = agent.candidate_actions(batch.next_obs, agent.base_policy)
     critic_loss, _ = script.critic_loss(agent, batch, candidates)
-    edit_loss, alpha_loss, _ = script.edit_policy_loss(agent, batch)
-    for loss in (critic_loss, edit_loss, alpha_loss):
+    edit_loss, info = script.edit_policy_loss(agent, batch)
+    for loss in (critic_loss, edit_loss, script.alpha_loss(agent, info["edit/entropy"])):
         wanted = list(agent.base_policy.parameters())
         assert all(g is None for g in torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))
     script.gradient_step(optimizers.critic, critic_loss)
@@ -487,9 +487,10 @@ def test_edit_step_moves_the_edit_policy_only(script):
     parts = {name: getattr(agent, name) for name in ("base_policy", "target_base_policy", "critic", "target_critic")}
     before, edit_policy = {name: snapshot(part) for name, part in parts.items()}, snapshot(agent.edit_policy)
     log_alpha = agent.log_alpha.item()
-    loss, alpha_loss, _ = script.edit_policy_loss(agent, batch)
+    loss, info = script.edit_policy_loss(agent, batch)
     assert torch.autograd.grad(loss, [agent.log_alpha], allow_unused=True, retain_graph=True) == (None,)
     wanted = list(agent.edit_policy.parameters())
+    alpha_loss = script.alpha_loss(agent, info["edit/entropy"])
     assert all(g is None for g in torch.autograd.grad(alpha_loss, wanted, allow_unused=True))
     script.gradient_step(optimizers.edit, loss)
     assert not same(agent.edit_policy, edit_policy)

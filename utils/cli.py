@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
+from utils import compiling
 from utils.errors import InputError, exit_on_input_error
 from utils.tasks import TASKS
 
@@ -143,13 +144,14 @@ def check_ranges(args: Any) -> None:
 
 
 def setup_torch(args: Any) -> torch.device:
-    """Sets the number of threads and returns the device that `--device` asks for.
+    """Sets threads and compilation, and returns the device that `--device` asks for.
 
     Raises:
-        InputError: `--device cuda` without CUDA.
+        InputError: `--device cuda` without CUDA, `--compile` without a compiler.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
+    compiling.enable(args.compile)
     if args.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {args.device!r} must be auto, cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():

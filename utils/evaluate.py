@@ -67,15 +67,17 @@ def evaluate(
         torch.manual_seed(seed)
         for first in range(0, num_episodes, len(envs)):
             active = list(range(first, min(first + len(envs), num_episodes)))
-            obs = {i: envs[i - first].reset(seed=seed + i)[0] for i in active}
+            obs = [envs[i - first].reset(seed=seed + i)[0] for i in active]
+            obs += [obs[0]] * (len(envs) - len(obs))
             while active:
-                actions = act(torch.as_tensor(np.stack([obs[i] for i in active]), device=device)).cpu().numpy()
-                for i, action in zip(list(active), actions, strict=True):
-                    env = envs[i - first]
-                    paths[i].append(obs[i])
+                # Always as many rows as environments, those of ended episodes too: one shape, to compile for once.
+                actions = act(torch.as_tensor(np.stack(obs), device=device)).cpu().numpy()
+                for i in list(active):
+                    env, action = envs[i - first], actions[i - first]
+                    paths[i].append(obs[i - first])
                     if record and i == 0:
                         frames.append(env.render())
-                    obs[i], reward, terminated, truncated, info = env.step(action)
+                    obs[i - first], reward, terminated, truncated, info = env.step(action)
                     returns[i] += float(reward)
                     lengths[i] += 1
                     reached = success_of(info)
