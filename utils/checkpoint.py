@@ -101,6 +101,8 @@ class Run:
         self.data = {"rows": offline.size, "crc32": 0}
         for field in offline.data:
             self.data["crc32"] = zlib.crc32(field.cpu().contiguous().numpy(), self.data["crc32"])
+        random.seed(args.seed)  # of an environment that uses them; nothing here does
+        np.random.seed(args.seed)  # noqa: NPY002
         try:
             self._resume() if args.resume else self._save()
         except OSError as error:
