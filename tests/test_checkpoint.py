@@ -174,8 +174,9 @@ def die_and_resume(module: Any, run_dir: Path, deaths: list[int]) -> int:
         if (run_dir / "checkpoint.pt").exists() or (run_dir / "checkpoint.previous.pt").exists():
             words = ["--resume", str(run_dir)]
         else:
-            assert not words[0] == "--resume"  # once there is a checkpoint, there is always one
-            run_dir.exists() and run_dir.rename(run_dir.with_name(f"{run_dir.name}-{died}"))
+            assert words[0] != "--resume"  # once there is a checkpoint, there always is one
+            if run_dir.exists():
+                run_dir.rename(run_dir.with_name(f"{run_dir.name}-{died}"))
     return died
 
 

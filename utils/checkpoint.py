@@ -261,7 +261,7 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-            "numpy": [torch.from_numpy(keys.astype(np.int64)), *numpy_rest],
+            "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), *numpy_rest],
             "python": random.getstate(),
             "log": self.logger.state(),
             "replay": {"rows": self.replay_rows, "crc32": self.replay_crc},
