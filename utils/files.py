@@ -72,6 +72,22 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[bool]:
+    """Yields whether `path` has to be made; one process at a time, so that those that wait find it made."""
+    if path.exists():
+        yield False
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        lock.touch()
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}); set EXPO_CACHE_DIR") from None
+    with locked(lock):
+        yield not path.exists()
+
+
 def reason(error: BaseException) -> str:
     """The first line of an exception's text, cut to 100 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
