@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import expo_diffusion
 from utils import checkpoint, cli, evaluate
-from utils.envs import Guard
+from utils.envs import Guard, make_env
 from utils.errors import InputError
 from utils.files import locked
 from utils.tasks import make_task_env
@@ -39,7 +39,14 @@ from utils.tasks import make_task_env
 ALL = [*SCRIPTS, "baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
 # Checkpoints, rows, evaluations and episodes all fall on different steps.
 SMALL = {**TINY_RUN, "total_timesteps": 26, "offline_steps": 6, "pretrain_steps": 5, "max_episode_steps": 7}
-SMALL |= {"eval_every": 9, "log_every": 4, "checkpoint_every": 5, "learning_starts": 3, "num_critics": 3}
+SMALL |= {
+    "eval_every": 9,
+    "eval_episodes": 1,
+    "log_every": 4,
+    "checkpoint_every": 5,
+    "learning_starts": 3,
+    "num_critics": 3,
+}
 
 
 def words_for(module: Any, run_dir: Path, **flags: Any) -> list[str]:
@@ -197,7 +204,8 @@ def die_and_resume(module: Any, run_dir: Path, deaths: list[int]) -> int:
 def test_a_run_killed_again_and_again_is_the_same_run(name, untouched, tmp_path):
     module = importlib.import_module(name)
     untouched(module)
-    assert die_and_resume(module, tmp_path / "run", [113, 30]) == 2
+    deaths = [85, 30] if name == ALL[0] else [85]  # in the middle of writing a checkpoint, then soon after the resume
+    assert die_and_resume(module, tmp_path / "run", deaths) == len(deaths)
     assert_untouched(module, tmp_path / "run", untouched)
 
 
@@ -207,7 +215,7 @@ def test_a_run_killed_at_random_moments_is_the_same_run(name, untouched, tmp_pat
     module, died, chance = importlib.import_module(name), 0, random.Random(name)
     untouched(module)
     for i in range(8):
-        died += die_and_resume(module, tmp_path / str(i), [chance.randrange(1, 180) for _ in range(6)])
+        died += die_and_resume(module, tmp_path / str(i), [chance.randrange(1, 130) for _ in range(6)])
         assert_untouched(module, tmp_path / str(i), untouched)
     assert died > 20
 
@@ -216,7 +224,7 @@ def test_a_run_killed_at_random_moments_is_the_same_run(name, untouched, tmp_pat
 def test_killed_at_every_event_of_a_checkpoint(untouched, tmp_path):
     """Every rename, fsync and half-written file from the start to the fifth checkpoint, but not every evaluation."""
     untouched(expo_diffusion)
-    for event in (*range(1, 28), *range(56, 81), *range(110, 135)):
+    for event in (*range(1, 28), *range(40, 67), *range(80, 107)):
         assert die_and_resume(expo_diffusion, tmp_path / str(event), [event]) == 1
         assert_untouched(expo_diffusion, tmp_path / str(event), untouched)
 
@@ -232,7 +240,7 @@ def send(number: int, times: int = 1) -> Callable[[], None]:
 def test_a_signal_ends_the_step_and_saves_it(number, code, how, untouched, tmp_path):
     untouched(expo_diffusion)
     run_dir, log = tmp_path / "a run", tmp_path / "log"
-    assert run(expo_diffusion, words_for(expo_diffusion, run_dir), log, at_event(134, send(number))) == code
+    assert run(expo_diffusion, words_for(expo_diffusion, run_dir), log, at_event(106, send(number))) == code
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("stopped by")]
     state = checkpoint.load_tensors(run_dir / "checkpoint.pt")
     assert line == (
@@ -245,7 +253,7 @@ def test_a_signal_ends_the_step_and_saves_it(number, code, how, untouched, tmp_p
     assert resume["step"] == state["step"] and resume["changed"] == {} and resume["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["expo_diffusion", "expo_finetune"])
+@pytest.mark.parametrize("name", ["expo_finetune"])
 def test_a_signal_ends_an_evaluation_at_once_and_a_resume_repeats_it(name, untouched, tmp_path):
     module, run_dir, log = importlib.import_module(name), tmp_path / "run", tmp_path / "log"
     untouched(module)
@@ -264,8 +272,8 @@ def test_a_signal_ends_an_evaluation_at_once_and_a_resume_repeats_it(name, untou
         return lambda _: setattr(evaluate, "success_of", trapped)
 
     words = words_for(module, run_dir)
-    for _ in range(3):
-        assert run(module, words, log, in_evaluation(20)) == 143, log.read_text()
+    for _ in range(2):
+        assert run(module, words, log, in_evaluation(10)) == 143, log.read_text()
         words = ["--resume", str(run_dir)]
     assert run(module, words, log) == 0
     assert_untouched(module, run_dir, untouched)
@@ -274,7 +282,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_a_resume_repeats_it(name, untou
 def test_a_second_signal_ends_the_run_at_once(untouched, tmp_path):
     untouched(expo_diffusion)
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    assert run(expo_diffusion, words_for(expo_diffusion, run_dir), log, at_event(134, send(signal.SIGINT, 2))) == 130
+    assert run(expo_diffusion, words_for(expo_diffusion, run_dir), log, at_event(106, send(signal.SIGINT, 2))) == 130
     assert "Traceback" not in log.read_text()
     assert checkpoint.load_tensors(run_dir / "checkpoint.pt")["step"] % 5 == 0
     assert run(expo_diffusion, ["--resume", str(run_dir)], log) == 0
@@ -293,7 +301,11 @@ def no_larger_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
-@pytest.mark.parametrize("event, act", [*((event, full_disk) for event in (67, 78, 112, 116)), (118, no_larger_files)])
+@pytest.mark.parametrize(
+    "event, act",
+    [(85, full_disk), (88, full_disk), (90, no_larger_files)]
+    + [pytest.param(event, full_disk, marks=pytest.mark.slow) for event in (64, 83, 84, 87, 173, 174)],
+)
 def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_checkpoint(event, act, untouched, tmp_path):
     untouched(expo_diffusion)
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -314,7 +326,7 @@ def stopped(tmp_path_factory):
     """The folder of a run of expo_diffusion that SIGTERM has stopped."""
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
     words = words_for(expo_diffusion, run_dir)
-    assert run(expo_diffusion, words, run_dir.with_name("log"), at_event(134, send(signal.SIGTERM))) == 143
+    assert run(expo_diffusion, words, run_dir.with_name("log"), at_event(106, send(signal.SIGTERM))) == 143
     return run_dir
 
 
@@ -350,10 +362,10 @@ def test_flags_that_cannot_change_are_named(copied):
 
 
 def test_flags_that_can_change_do(copied):
-    resume(copied, "--total-timesteps", "20", "--eval-every", "5", "--eval-episodes", "1", "--save-model")
+    resume(copied, "--total-timesteps", "20", "--eval-every", "6", "--eval-episodes", "1", "--save-model")
     rows, state = result(copied)
     assert state["step"] == 20 and (copied / "agent.pt").exists()
-    assert [int(row["step"]) for row in rows if row["eval/return"]][-2:] == [15, 20]
+    assert [int(row["step"]) for row in rows if row["eval/return"]][-2:] == [18, 20]
     record = json.loads((copied / "args.json").read_text())
     assert record["args"]["total_timesteps"] == 26 and record["resumes"][0]["changed"]["total_timesteps"] == 20
     assert "is complete" in refused(copied)  # with the flags of the last resume
@@ -493,24 +505,30 @@ class Broken(gym.Wrapper):
     [
         ("raises", "RuntimeError: the simulator .test_checkpoint.py:"),
         ("observation", "the observation is not finite .nan in dimension 2"),
-        ("wide", r"the observation has shape .16,., its space .8,."),
-        ("flat", r"the observation has shape .0,., its space .8,."),
+        ("wide", r"the observation has shape .6,., its space .3,."),
+        ("flat", r"the observation has shape .0,., its space .3,."),
         ("four", "ValueError: not enough values to unpack"),
         ("reward", "the reward is inf"),
         ("none", "TypeError"),
         ("pair", "TypeError"),
     ],
 )
-def test_what_goes_wrong_in_an_environment_is_named_and_the_state_saved(way, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        expo_diffusion, "make_task_env", lambda args, render=False: Guard(Broken(make_task_env(args), way, 24))
-    )
-    words_ = words_for(expo_diffusion, tmp_path / "run", eval_every=10**6, eval_episodes=1)
-    with pytest.raises(
-        InputError, match=f"^step 24: environment 'PointMaze.*, step 3 of an episode: .*{words}"
-    ) as error:
-        expo_diffusion.main(cli.parse_args(expo_diffusion.Args, words_))
-    assert "failed.pt" in str(error.value) and "\n" not in str(error.value)
+def test_what_goes_wrong_in_an_environment_is_named(way, words):
+    env = Guard(Broken(make_env("Pendulum-v1"), way, 3))
+    env.reset(seed=0)
+    env.step(np.zeros(1, np.float32))
+    env.step(np.zeros(1, np.float32))
+    with pytest.raises(InputError, match=f"^environment 'Pendulum-v1', step 3 of an episode: .*{words}") as error:
+        env.step(np.zeros(1, np.float32))
+    assert "\n" not in str(error.value)
+
+
+def test_an_environment_that_goes_wrong_ends_the_run_and_leaves_its_state(tmp_path, monkeypatch):
+    broken = lambda args, render=False: Guard(Broken(make_task_env(args), "observation", 24))  # noqa: E731
+    monkeypatch.setattr(expo_diffusion, "make_task_env", broken)
+    words = words_for(expo_diffusion, tmp_path / "run", eval_every=10**6)
+    with pytest.raises(InputError, match="^step 24: environment 'PointMaze.*, step 3 of an episode: .*failed.pt"):
+        expo_diffusion.main(cli.parse_args(expo_diffusion.Args, words))
     assert checkpoint.load_tensors(tmp_path / "run" / "failed.pt")["step"] == 23
     assert checkpoint.load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] == 20
 
@@ -518,7 +536,7 @@ def test_what_goes_wrong_in_an_environment_is_named_and_the_state_saved(way, wor
 # ---------------------------------------------------------------------------------------- numbers that go wrong
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [ALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ALL[1:])])
 def test_a_parameter_that_is_not_finite_ends_the_run_at_the_next_row(name, tmp_path, monkeypatch):
     module, calls = importlib.import_module(name), 0
     (update,) = [key for key in ("update", "sac_update", "idql_update", "dql_update") if hasattr(module, key)][-1:]
