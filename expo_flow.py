@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
+from utils.checkpoint import Run
 from utils.compiling import compilable
 from utils.evaluate import evaluate, write_video
 from utils.logger import Logger
@@ -60,6 +60,8 @@ class Args:
     eval_every: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 100  # episodes of each evaluation, for the on-the-fly policy and for the base policy alone
     log_every: int = 500  # environment steps between rows of training metrics
+    checkpoint_every: int = 5_000  # steps between checkpoints; 0: only when stopped and at the end of a phase
+    resume: str = ""  # folder of a run that was stopped, to go on with it; its flags are the defaults
     # ---- the task
     max_episode_steps: int = 0  # time limit in actions; 0 keeps the environment's own
     action_repeat: int = 1  # simulator steps per action
@@ -467,22 +469,22 @@ def main(args: Args) -> None:
         seed = args.seed + 1_000_000
         metrics = evaluate(agent.on_the_fly_actions, eval_envs, args.eval_episodes, seed, device).metrics("eval/")
         base = evaluate(agent.target_base_policy.sample, eval_envs, args.eval_episodes, seed, device)
-        logger.write_evaluation(step, metrics | base.metrics("eval/base_"))
         if video_env is not None:
             video = evaluate(agent.on_the_fly_actions, [video_env], 1, seed, device, record=True)
             write_video(logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
+        logger.write_evaluation(step, metrics | base.metrics("eval/base_"))
 
-    try:
+    with Run(args, logger, agent, optimizers, offline, online) as run:  # saves, guards, resumes
         # The same update on offline rows alone, before the first environment step [ours 3]. Logged at steps below 0.
-        for step in tqdm(range(-args.offline_steps, 0), desc="offline", unit="update", disable=None):
+        for step in run.steps(range(-args.offline_steps, 0), "offline", "update"):
             logger.add(update(agent, optimizers, draw_batch(offline, online, 1.0, 1, args.batch_size)))
             if step % args.log_every == 0:
                 logger.write(step)
 
-        run_evaluation(step=0)
-        obs, _ = env.reset(seed=args.seed)
-        episodic_return = 0.0
-        for step in tqdm(range(1, args.total_timesteps + 1), desc="online", unit="step", disable=None):
+        obs, episodic_return = run.first_obs(env)
+        for step in run.steps(range(1, args.total_timesteps + 1), "online", "step"):
+            if (step - 1) % args.eval_every == 0:  # before acting, so that a run stopped in here has lost nothing
+                run_evaluation(step - 1)
             if step <= args.learning_starts:
                 action = 2 * torch.rand(action_dim) - 1
             else:
@@ -493,20 +495,16 @@ def main(args: Args) -> None:
             episodic_return += float(reward)
             if terminated or truncated:  # only the former is stored as an end [ours 4]
                 logger.add({"charts/episodic_return": episodic_return})
-                obs, _ = env.reset()
-                episodic_return = 0.0
+                obs, episodic_return = run.next_obs(env), 0.0
 
             if step > args.learning_starts:
                 batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
                 logger.add(update(agent, optimizers, batch))
             if step % args.log_every == 0:
                 logger.write(step)
-            if step % args.eval_every == 0 or step == args.total_timesteps:
-                run_evaluation(step)
+        run_evaluation(args.total_timesteps)
         if args.save_model:
             logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
-    finally:
-        logger.close()
 
 
 if __name__ == "__main__":

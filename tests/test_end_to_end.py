@@ -170,8 +170,8 @@ def test_online_rows_are_what_happened(script, monkeypatch, tmp_path):
     script.main(args)
     added = RecordingBuffer.last.added
     assert len(added) == 50
-    env = make_env(args)
-    obs, _ = env.reset(seed=args.seed)
+    env, seeds = make_env(args), [np.random.SeedSequence([args.seed, i]).generate_state(1)[0] for i in range(3)]
+    obs, _ = env.reset(seed=int(seeds[0]))
     for t, (stored_obs, action, reward, next_obs, terminated) in enumerate(added):
         np.testing.assert_array_equal(stored_obs, obs)
         obs, raw_reward, really_terminated, truncated, _ = env.step(action)
@@ -180,7 +180,7 @@ def test_online_rows_are_what_happened(script, monkeypatch, tmp_path):
         assert terminated == really_terminated
         if t % 20 == 19:  # max_episode_steps
             assert truncated and not terminated
-            obs, _ = env.reset()
+            obs, _ = env.reset(seed=int(seeds[t // 20 + 1]))
             assert not np.array_equal(next_obs, obs)
     actions = np.array([action for _, action, *_ in added])  # uniform before learning starts
     assert np.abs(actions).max() <= 1 and 0.45 < actions.std() < 0.7  # .577

@@ -173,7 +173,7 @@ def test_flow_base_policy_fits_into_the_finetuning_script(tmp_path):
     assert module != target and module.count("class BasePolicy") == 1 and "Flow matching" in module
     path = tmp_path / "expo_pasted.py"
     path.write_text(module)
-    flags = {**TINY_RUN, "total_timesteps": 20, "pretrain_steps": 40, "run_dir": tmp_path / "run"}
+    flags = {**TINY_RUN, "total_timesteps": 20, "pretrain_steps": 200, "run_dir": tmp_path / "run"}
     command = [sys.executable, str(path), *flags_of(expo_finetune, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
@@ -182,7 +182,7 @@ def test_flow_base_policy_fits_into_the_finetuning_script(tmp_path):
         rows = list(csv.DictReader(file))
     losses = [float(row["losses/base_policy"]) for row in rows if row["losses/base_policy"]]
     assert int(rows[-1]["step"]) == 20 and len(losses) >= 6 and all(map(math.isfinite, losses))
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)

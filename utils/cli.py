@@ -10,12 +10,13 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import tyro
 
-from utils import compiling
+from utils import checkpoint, compiling
 from utils.errors import InputError, exit_on_input_error
 from utils.tasks import TASKS
 
@@ -31,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval_every": (1, math.inf),
     "eval_episodes": (1, math.inf),
     "log_every": (1, math.inf),
+    "checkpoint_every": (0, math.inf),
     "threads": (0, math.inf),
     "max_episode_steps": (0, math.inf),
     "action_repeat": (1, math.inf),
@@ -75,20 +77,28 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str
     """An instance of the dataclass `cls` from the command line.
 
     The defaults are the fields' own; `--task NAME` lays that task's settings over them; flags given explicitly win.
-    `--env-id` without `--task` runs that environment with the fields' own defaults.
+    `--env-id` without `--task` runs that environment with the fields' own defaults; with `--resume` that run's flags
+    are the defaults.
 
     Raises:
-        InputError: an unknown task, a value out of range.
+        InputError: an unknown task, a value out of range, a flag that a resumed run cannot change.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task")
     first.add_argument("--env-id", "--env_id", dest="env_id")
+    first.add_argument("--resume", default="")
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             known, _ = first.parse_known_args(argv)
     except SystemExit:  # a flag without its value: tyro words it better
-        known = argparse.Namespace(task=None, env_id=None)
+        known = argparse.Namespace(task=None, env_id=None, resume="")
+    if known.resume:
+        saved = checkpoint.saved_args(cls, Path(known.resume))
+        args = _read_flags(cls, saved, argv, description)
+        check_ranges(args)
+        checkpoint.changed_flags(args, saved)
+        return args
     default: Any = cls()
     name = known.task if known.task is not None else "" if known.env_id is not None else default.task
     if name and name not in TASKS:

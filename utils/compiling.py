@@ -23,7 +23,9 @@ def enable(enabled: bool) -> None:
     """
     if enabled:
         if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-            raise InputError("--compile needs a C++ compiler (Debian: apt install g++ python3-dev); or use --no-compile")
+            raise InputError(
+                "--compile needs a C++ compiler (Debian: apt install g++ python3-dev); or use --no-compile"
+            )
         import torch._inductor.config
 
         torch._inductor.config.fallback_random = True

@@ -22,7 +22,7 @@ import tyro
 
 from utils import d4rl, download, minari_data, ogbench_data, robomimic
 from utils.errors import InputError, exit_on_input_error
-from utils.files import atomic_write, cache_dir, check_finite, human_size, open_hdf5
+from utils.files import atomic_write, cache_dir, check_finite, human_size, making, open_hdf5
 
 Positional = Annotated[str, tyro.conf.Positional]
 Relabel = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -147,10 +147,11 @@ def resolve(spec: str) -> Path:
         return path
     if kind == "generated":
         return generate(name)
-    if kind == "minari":
-        minari_data.download(name, path)
-    else:
-        download.fetch(address, path)
+    with making(path) as missing:
+        if missing and kind == "minari":
+            minari_data.download(name, path)
+        elif missing:
+            download.fetch(address, path)
     return path
 
 
@@ -194,16 +195,15 @@ def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Path:
     from utils import pointmaze, tasks
 
     path, _ = _locate_generated(name, num_episodes, seed)
-    if path.exists():
-        return path
-    task = tasks.TASKS[name]
-    settings = task.settings
-    env = tasks.make_env(task.env_id, task.env_kwargs, settings["max_episode_steps"], settings["action_repeat"])
-    arrays = pointmaze.generate(env, name.removeprefix("pointmaze-"), num_episodes, seed)
-    env.close()
-    attributes = {"task": name, "seed": seed, "num_episodes": num_episodes}
-    with atomic_write(path) as temporary:
-        write_d4rl(temporary, arrays, attributes)
+    with making(path) as missing:
+        if missing:
+            task = tasks.TASKS[name]
+            settings = task.settings
+            env = tasks.make_env(task.env_id, task.env_kwargs, settings["max_episode_steps"], settings["action_repeat"])
+            arrays = pointmaze.generate(env, name.removeprefix("pointmaze-"), num_episodes, seed)
+            env.close()
+            with atomic_write(path) as temporary:
+                write_d4rl(temporary, arrays, {"task": name, "seed": seed, "num_episodes": num_episodes})
     return path
 
 

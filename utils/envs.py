@@ -3,9 +3,13 @@
 import atexit
 import contextlib
 import importlib
+import math
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from utils.errors import InputError
+from utils.files import reason
 
 SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
 
@@ -56,6 +61,54 @@ class ActionRepeat(gym.Wrapper):
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info
+
+
+class Guard(gym.Wrapper):
+    """Names what goes wrong in an environment: an exception, a wrong shape, a value that is not finite.
+
+    Raises:
+        InputError: with the environment, the step of the episode, the quantity, and the line that raised.
+    """
+
+    steps = 0  # of the episode
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        with self.named("reset"):
+            obs, info = self.env.reset(**kwargs)
+            self.check(obs, 0.0)
+        return obs, info
+
+    def step(self, action):
+        self.steps += 1
+        with self.named(f"step {self.steps} of an episode"):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            self.check(obs, float(reward))
+        return obs, reward, terminated, truncated, info
+
+    def check(self, obs: np.ndarray, reward: float) -> None:
+        shape = self.observation_space.shape
+        if np.shape(obs) != shape:
+            raise InputError(f"the observation has shape {np.shape(obs)}, its space {shape}")
+        if not np.isfinite(obs).all():
+            place = int(np.flatnonzero(~np.isfinite(obs))[0])
+            raise InputError(f"the observation is not finite ({obs[place]} in dimension {place})")
+        if not math.isfinite(reward):
+            raise InputError(f"the reward is {reward}")
+
+    @contextlib.contextmanager
+    def named(self, moment: str) -> Iterator[None]:
+        name = self.spec.id if self.spec else type(self.unwrapped).__name__
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"environment {name!r}, {moment}: {error}") from None
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            raise InputError(
+                f"environment {name!r}, {moment}: {type(error).__name__}: {reason(error)} ({where})"
+            ) from error
 
 
 def make_env(
@@ -122,7 +175,7 @@ def make_env(
     with warnings.catch_warnings():  # of the precision lost from float64 to float32, which is meant
         warnings.simplefilter("ignore")
         env = gym.wrappers.FlattenObservation(env)
-        return gym.wrappers.DtypeObservation(env, np.float32)
+        return Guard(gym.wrappers.DtypeObservation(env, np.float32))
 
 
 def register_envs() -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 import tyro
 
+from utils.checkpoint import load_tensors, stop_if_asked
 from utils.envs import success_of
 from utils.errors import InputError, exit_on_input_error
+from utils.logger import read_record
 from utils.tasks import make_task_env
 
 SCRIPTS = ("expo_diffusion", "expo_flow", "expo_finetune", "baselines.rlpd", "baselines.idql", "baselines.diffusion_ql")
@@ -70,6 +72,7 @@ def evaluate(
             obs = [envs[i - first].reset(seed=seed + i)[0] for i in active]
             obs += [obs[0]] * (len(envs) - len(obs))
             while active:
+                stop_if_asked()
                 # Always as many rows as environments, those of ended episodes too: one shape, to compile for once.
                 actions = act(torch.as_tensor(np.stack(obs), device=device)).cpu().numpy()
                 for i in list(active):
@@ -105,13 +108,8 @@ def load_agent(run_dir: Path, device: str = "cpu") -> tuple[Any, Any]:
     Raises:
         InputError: no run there, no saved agent, or one that does not fit its own args.
     """
-    try:
-        record = json.loads((run_dir / "args.json").read_text())
-        script, values = record["script"], record["args"]
-    except FileNotFoundError:
-        raise InputError(f"{run_dir} holds no run: args.json is missing") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, NotADirectoryError):
-        raise InputError(f"{run_dir / 'args.json'} is damaged or not a run of this project") from None
+    record = read_record(run_dir)
+    script, values = record["script"], record["args"]
     if script not in SCRIPTS:
         raise InputError(f"{run_dir} is a run of {script!r}, which this project does not have")
     module = importlib.import_module(script)
@@ -131,11 +129,11 @@ def load_agent(run_dir: Path, device: str = "cpu") -> tuple[Any, Any]:
 def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
     """A file of `Logger.save`; it can hold tensors and plain values only, no code (`weights_only=True`)."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = load_tensors(path, device)
         return {key: state[key] for key in ("agent", "obs_dim", "action_dim")}
     except FileNotFoundError:
         raise InputError(f"{path} is missing: was the run made with --save-model?") from None
-    except Exception:  # torch.load raises many kinds for a damaged or foreign file
+    except KeyError:
         raise InputError(f"{path} is damaged, or is not an agent saved by this project") from None
 
 

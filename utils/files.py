@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,11 @@ import numpy as np
 
 from utils.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
 
 def cache_dir() -> Path:
     """Where generated and downloaded data lies: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
@@ -20,20 +25,67 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, renamed to `path` if the block succeeds: readers see all or nothing."""
+def atomic_write(path: Path, advice: str = "set EXPO_CACHE_DIR") -> Iterator[Path]:
+    """Yields a temporary path, put on the disk and renamed to `path` if the block succeeds: readers see all or nothing.
+
+    Raises:
+        InputError: the folder cannot be written; it ends with `advice`.
+        OSError: the disk is full, or fails; `path` is as before.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        temporary.touch(exist_ok=False)
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({error.strerror}); set EXPO_CACHE_DIR") from None
-    os.close(handle)
-    temporary = Path(name)
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}); {advice}") from None
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of an existing file or folder; it falls with the process, `kill -9` included.
+
+    Where the system or the file system knows no locks, there is none.
+
+    Raises:
+        BlockingIOError: another process holds it and `wait` is False.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[bool]:
+    """Yields whether `path` has to be made; one process at a time, so that those that wait find it made."""
+    if path.exists():
+        yield False
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        lock.touch()
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}); set EXPO_CACHE_DIR") from None
+    with locked(lock):
+        yield not path.exists()
 
 
 def reason(error: BaseException) -> str:

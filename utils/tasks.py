@@ -47,6 +47,7 @@ QUICKSTART = {
     "eval_every": 100,
     "eval_episodes": 20,
     "log_every": 50,
+    "checkpoint_every": 500,
     "utd_ratio": 4,
     "batch_size": 128,
     "num_base_samples": 4,
