@@ -527,7 +527,7 @@ def test_an_environment_that_goes_wrong_ends_the_run_and_leaves_its_state(tmp_pa
     broken = lambda args, render=False: Guard(Broken(make_task_env(args), "observation", 24))  # noqa: E731
     monkeypatch.setattr(expo_diffusion, "make_task_env", broken)
     words = words_for(expo_diffusion, tmp_path / "run", eval_every=10**6)
-    with pytest.raises(InputError, match="^step 24: environment 'PointMaze.*, step 3 of an episode: .*failed.pt"):
+    with pytest.raises(InputError, match=r"^step 24: environment 'PointMaze.*, step 3 of an episode: .*failed.pt"):
         expo_diffusion.main(cli.parse_args(expo_diffusion.Args, words))
     assert checkpoint.load_tensors(tmp_path / "run" / "failed.pt")["step"] == 23
     assert checkpoint.load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] == 20
