@@ -73,7 +73,9 @@ def test_compilable_is_the_function_itself_where_nobody_asks(monkeypatch):
 def test_compiled_and_eager_agree(name):
     """Same seed, same batches: after five updates all parameters and actions agree to float32 rounding."""
     script = importlib.import_module(name)
-    update = next(getattr(script, n) for n in ("update", "sac_update", "idql_update", "dql_update") if hasattr(script, n))
+    update = next(
+        getattr(script, n) for n in ("update", "sac_update", "idql_update", "dql_update") if hasattr(script, n)
+    )
     make_optimizers = next(getattr(script, n) for n in dir(script) if n.startswith("make") and n.endswith("optimizers"))
     args = make_args(script, num_critics=3) if name in SCRIPTS else script.Args(hidden_dim=16, hidden_layers=2)
     agents, actions = [], []

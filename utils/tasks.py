@@ -80,7 +80,7 @@ TASKS = {
     "pointmaze-umaze": _pointmaze("umaze", "PointMaze_UMaze-v3", 42, "a U-shaped corridor, the easiest maze"),
     "pointmaze-medium": _pointmaze("medium", "PointMaze_Medium-v3", 85, "the quickstart: minutes on a laptop CPU"),
     "pointmaze-large": _pointmaze(
-        "large", "PointMaze_Large-v3", 160, "a longer way", total_timesteps=2_000, offline_steps=3_000, eval_every=200
+        "large", "PointMaze_Large-v3", 160, "a longer way", total_timesteps=1_500, offline_steps=3_000, eval_every=150
     ),
 }
 

@@ -1,0 +1,328 @@
+"""What an update costs, where the time goes, and how near that is to the machine's limit.
+
+    python benchmark/throughput.py --task antmaze-umaze                        # the published sizes
+    python benchmark/throughput.py --task pointmaze-medium --naive             # beside the obvious implementation
+    python benchmark/throughput.py --script expo_flow --task antmaze-umaze --precision bfloat16 --compile
+    python benchmark/throughput.py --task antmaze-umaze --grid                 # how the cost grows with the settings
+    python benchmark/throughput.py --task antmaze-umaze --against 'COMMAND'    # another implementation, in alternation
+
+Every flag that is not this program's own goes to the script. All times are medians after a warm-up, taken in one
+process in alternation, since machines are shared: trust the ratios more than the seconds. FLOP are counted from the
+shapes. The command of --against must print, as its last line, a JSON object with "update_s", seconds per environment step.
+"""
+
+import importlib
+import json
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
+
+from benchmark.naive import NaiveExpo
+from utils import cli
+from utils.buffer import Batch, ReplayBuffer
+from utils.errors import exit_on_input_error
+from utils.tasks import make_task_env
+
+
+@dataclass
+class Options:
+    """This program's own flags; all others are the script's."""
+
+    script: str = "expo_diffusion"  # expo_diffusion, expo_flow or expo_finetune
+    repeats: int = 5  # measurements of everything; the median counts
+    rows: int = 100_000  # offline rows to draw from
+    naive: bool = False  # also measure benchmark/naive.py, the same update written the obvious way
+    grid: bool = False  # vary U, N, K, batch and widths, one at a time
+    against: str = ""  # another implementation's benchmark, run in alternation with this one
+    json: str = ""  # also write the figures to this file
+
+
+PARTS = ("chain", "edits", "ranking", "critic", "base", "edit")
+
+
+# --------------------------------------------------------------------------------------------------- arithmetic
+
+
+def products(network: nn.Module) -> int:
+    """FLOP of all matrix products of a network for one row: 2 I J a Linear; of one head where it has several."""
+    return sum(2 * p.shape[-1] * p.shape[-2] for name, p in network.named_parameters() if _is_product(name, p))
+
+
+def _is_product(name: str, parameter: torch.Tensor) -> bool:
+    # A time code is shared by all rows; the weights of a norm and the frequencies are no matrices.
+    return parameter.ndim >= 2 and parameter.shape[-2] > 1 and "time_mlp" not in name
+
+
+def flop(agent: Any) -> dict[str, float]:
+    """FLOP of one environment step's update, by part: matrix products only, a backward pass twice its forward one."""
+    args = agent.args
+    rows, n, m = args.utd_ratio * args.batch_size, args.num_base_samples, args.num_edit_samples
+    base, edit, head = (products(part) for part in (agent.base_policy, agent.edit_policy, agent.critic))
+    heads, batch = args.num_min_critics, args.batch_size
+    return {
+        "chain": rows * n * args.denoising_steps * base,
+        "edits": rows * m * edit,
+        "ranking": rows * (n + m + 1) * heads * head,
+        "critic": rows * args.num_critics * 3 * head,
+        "base": batch * 3 * base,
+        "edit": batch * (3 * edit + 2 * args.num_critics * head) if m else 0,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- timing
+
+
+def median_times(functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of every function, called in turn `repeats` times after one warm-up each."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            count, begin = 0, clock()
+            while count == 0 or (clock() - begin < 0.05 and repeat):  # what is short is called several times
+                function()
+                count += 1
+            if repeat:
+                seconds[name].append((clock() - begin) / count)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def limits(device: torch.device) -> dict[str, float]:
+    """FLOP/s of a large product in both precisions (the better of two sizes) and bytes/s of a copy, on this machine."""
+    found = {}
+    sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = (torch.randn(512, 512, device=device, dtype=dtype) for _ in range(2))
+        begin = time.perf_counter()
+        a @ b
+        slow = device.type == "cpu" and time.perf_counter() - begin > 0.1  # bfloat16 without instructions for it
+        best = 0.0
+        for size in (512,) if slow else sizes:
+            a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+            times = median_times({"product": lambda a=a, b=b: a @ b}, 1 if slow else 5, device)
+            best = max(best, 2 * size**3 / times["product"])
+        found[name] = best
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    copy = median_times({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
+    return found | {"copy": 2 * source.numel() * 4 / copy}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: of the process, or on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Options) -> dict[str, Any]:
+    """All figures of one setting."""
+    device = cli.setup_torch(args)
+    torch.manual_seed(args.seed)
+    fields = Batch(
+        obs=torch.randn(options.rows, obs_dim),
+        actions=torch.rand(options.rows, action_dim) * 2 - 1,
+        rewards=torch.randn(options.rows),
+        next_obs=torch.randn(options.rows, obs_dim),
+        terminations=torch.zeros(options.rows),
+    )
+    offline, online = ReplayBuffer.from_arrays(*fields, device), ReplayBuffer(1, obs_dim, action_dim, device)
+    before = peak_memory(device)
+    agent = script.Agent(obs_dim, action_dim, args).to(device)
+    optimizers = script.make_optimizers(agent, args)
+
+    def draw() -> Batch:
+        return script.draw_batch(offline, online, 1.0, args.utd_ratio, args.batch_size)
+
+    begin = time.perf_counter()
+    script.update(agent, optimizers, draw())
+    agent.on_the_fly_actions(offline.data.obs[:1])
+    first = time.perf_counter() - begin
+
+    batch, obs = draw(), offline.data.obs[:1]
+    candidates = script.next_candidates(agent, batch.next_obs)
+    last = Batch(*(field[-1] for field in batch))
+    n = args.num_base_samples
+    rows = batch.next_obs.flatten(0, 1)
+    part = max(2048 // n, 1) if device.type == "cpu" else len(rows)
+
+    def chain() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            for observations in rows.split(part):
+                agent.base_policy.sample(observations.unsqueeze(1).expand(-1, n, -1))
+
+    def critic_step() -> None:
+        loss, _ = script.critic_loss(agent, last, candidates[-1])
+        script.gradient_step(optimizers.critic, loss)
+        script.move_towards(agent.target_critic, agent.critic, args.tau)
+
+    def edit_step() -> None:
+        loss, info = script.edit_policy_loss(agent, last)
+        script.gradient_step(optimizers.edit, loss)
+        script.gradient_step(optimizers.alpha, script.alpha_loss(agent, info["edit/entropy"]))
+
+    functions: dict[str, Callable[[], Any]] = {
+        "update": lambda: script.update(agent, optimizers, draw()),
+        "chain": chain,
+        "candidates": lambda: script.next_candidates(agent, batch.next_obs),
+        "ranking": lambda: script.td_target(agent, last, candidates[-1]),
+        "critic": critic_step,
+        "base": lambda: script.update_base_policy(agent, optimizers, last.obs, last.actions),
+        "action": lambda: agent.on_the_fly_actions(obs),
+    }
+    if args.num_edit_samples:
+        functions["edit"] = edit_step
+    if options.naive:
+        naive = NaiveExpo(script, obs_dim, action_dim, args)
+        functions["naive"] = lambda: naive.update(draw())
+        functions["naive action"] = lambda: naive.next_actions(obs)
+    seconds = median_times(functions, options.repeats, device)
+    # Per environment step; what is timed inside something else is taken out of it.
+    steps = args.utd_ratio
+    parts = {
+        "chain": seconds["chain"],
+        "edits": max(seconds["candidates"] - seconds["chain"], 0.0),
+        "ranking": seconds["ranking"] * steps,
+        "critic": max(seconds["critic"] - seconds["ranking"], 0.0) * steps,
+        "base": seconds["base"],
+        "edit": seconds.get("edit", 0.0),
+    }
+    return {
+        "update_s": seconds["update"],
+        "action_s": seconds["action"],
+        "first_s": first,
+        "naive_s": seconds.get("naive"),
+        "naive_action_s": seconds.get("naive action"),
+        "parts_s": parts,
+        "parts_flop": flop(agent),
+        "data_bytes": sum(field.nbytes for field in offline.data),
+        "memory_bytes": peak_memory(device) - before,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- output
+
+
+def table(found: dict[str, Any], peak: dict[str, float], precision: str) -> str:
+    """A Markdown table of one setting."""
+    total = sum(found["parts_flop"].values())
+    lines = ["| part | ms per environment step | share | GFLOP | GFLOP/s | of the limit |", "|---|---|---|---|---|---|"]
+    update = found["update_s"]
+    for part in (*PARTS, "update"):
+        seconds = update if part == "update" else found["parts_s"][part]
+        work = total if part == "update" else found["parts_flop"][part]
+        rate = work / seconds if seconds else 0.0
+        limit = peak[precision] if part == "chain" else peak["float32"]
+        share = "" if part == "update" and precision != "float32" else f"{rate / limit:.0%}"
+        cells = [f"{1e3 * seconds:,.2f}", f"{seconds / update:.0%}", f"{work / 1e9:,.2f}", f"{rate / 1e9:,.0f}", share]
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    least = found["parts_flop"]["chain"] / peak[precision]
+    least += (total - found["parts_flop"]["chain"]) / peak["float32"]
+    lines += ["", f"limit of its products on this machine: {1e3 * least:,.2f} ms ({least / update:.0%} reached)"]
+    lines += [f"one action: {1e3 * found['action_s']:.2f} ms; first update and action: {found['first_s']:.1f} s"]
+    lines += [f"memory beside {found['data_bytes'] / 1e6:,.0f} MB of data: {found['memory_bytes'] / 1e6:,.0f} MB"]
+    if found["naive_s"]:
+        ratio = f"{update / found['naive_s']:.3f} of it; action {1e3 * found['naive_action_s']:.2f} ms"
+        lines.append(f"naive update: {1e3 * found['naive_s']:,.1f} ms, ours {ratio}")
+    return "\n".join(lines)
+
+
+def variations(args: Any) -> dict[str, dict[str, int]]:
+    """name -> changed flags: every setting that matters, halved and doubled."""
+    names = ("utd_ratio", "num_base_samples", "denoising_steps", "batch_size", "base_hidden_dim", "hidden_dim")
+    found: dict[str, dict[str, int]] = {"as it is": {}}
+    for name in names:
+        for factor in (0.5, 2):
+            value = max(int(getattr(args, name) * factor), 1)
+            flags = {name: value, **({"num_edit_samples": value} if name == "num_base_samples" else {})}
+            found[f"{name} {value}"] = flags
+    return found
+
+
+def compare(command: str, repeats: int) -> None:
+    """Runs another implementation's benchmark and this one in alternation and prints the ratio of the medians."""
+    own = [sys.executable, __file__, *(word for word in _without_against(sys.argv[1:])), "--repeats", "1"]
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        for name, words in (("ours", own), ("theirs", shlex.split(command))):
+            done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
+            lines = done.stdout.strip().splitlines()
+            try:
+                seconds[name].append(float(json.loads(lines[-1])["update_s"]))
+            except (IndexError, ValueError, KeyError, TypeError):
+                tail = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+                raise SystemExit(
+                    f"error: {shlex.join(words)} printed no JSON with update_s last; it said: {tail}"
+                ) from None
+    ours, theirs = (statistics.median(values) for values in seconds.values())
+    print(f"ours {ours:.4f} s, theirs {theirs:.4f} s per environment step: {ours / theirs:.3f} of it ({repeats} pairs)")
+
+
+def _without_against(words: list[str]) -> list[str]:
+    if "--against" in words:
+        at = words.index("--against")
+        words = words[:at] + words[at + 2 :]
+    return [word for word in words if not word.startswith("--against=")]
+
+
+def main() -> None:
+    """Reads both sets of flags, measures, prints, writes."""
+    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    if options.against:
+        compare(options.against, options.repeats)
+        return
+    script = importlib.import_module(options.script)
+    with exit_on_input_error():
+        args = cli.parse_args(script.Args, rest)
+        env = make_task_env(args)
+        device = cli.setup_torch(args)
+    assert env.observation_space.shape and env.action_space.shape
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    peak = limits(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{options.script}, {args.task or args.env_id}: O {dims[0]}, A {dims[1]}, on {device.type} ({name})")
+    rates = ", ".join(f"{key} {peak[key] / 1e9:,.0f} GFLOP/s" for key in ("float32", "bfloat16"))
+    print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s\n")
+    if options.grid:
+        print("| setting | ms per environment step | GFLOP | one action, ms |\n|---|---|---|---|")
+        found: dict[str, Any] = {}
+        for name, flags in variations(args).items():
+            for key, value in flags.items():
+                setattr(args, key, value)
+            found[name] = measure(script, args, *dims, options)
+            work = sum(found[name]["parts_flop"].values()) / 1e9
+            print(
+                f"| {name} | {1e3 * found[name]['update_s']:,.1f} | {work:,.1f} | {1e3 * found[name]['action_s']:.2f} |"
+            )
+            args = cli.parse_args(script.Args, rest)
+    else:
+        found = measure(script, args, *dims, options)
+        print(table(found, peak, args.precision) + "\n")
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0], "cpus": os.cpu_count()}
+    result = {"command": sys.argv[1:], "limits": peak, "threads": torch.get_num_threads(), **versions, **found}
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({"update_s": found["update_s"]} if not options.grid else {}))
+
+
+if __name__ == "__main__":
+    main()
