@@ -8,7 +8,8 @@
 
 Every flag that is not this program's own goes to the script. All times are medians after a warm-up, taken in one
 process in alternation, since machines are shared: trust the ratios more than the seconds. FLOP are counted from the
-shapes. The command of --against must print, as its last line, a JSON object with "update_s", seconds per environment step.
+shapes. The command of --against must print, as its last line, a JSON object with "update_s": seconds per environment
+step.
 """
 
 import importlib
