@@ -165,8 +165,9 @@ class Run:
 
     def _check(self, step: int) -> None:
         """Stops at a parameter that is not finite; warns once of values that no rewards could sum to."""
-        wrong = [name for name, value in self.agent.named_parameters() if not value.isfinite().all()]
-        if wrong:
+        finite = torch.stack([value.isfinite().all() for value in self.agent.parameters()])
+        if not finite.all():
+            wrong = [name for name, value in self.agent.named_parameters() if not value.isfinite().all()]
             raise InputError(f"step {step}: parameters are not finite ({wrong[0]}); lower the learning rates")
         q, gamma = self.logger.last_row.get("critic/q_mean"), self.args.gamma
         if self.warned or q is None or gamma == 1:
@@ -189,7 +190,7 @@ class Run:
         _received.clear()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self.handlers[number] = signal.signal(number, self._on_signal)
+                self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
         return self
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -332,6 +333,8 @@ class Run:
 
     def _restore(self, state: dict[str, Any], rows: np.ndarray) -> None:
         step, finished = state["step"], self.logger.record.get("finished")
+        if not (step is None or type(step) is int) or not 0 <= state["episode_start"] <= len(rows):
+            raise ValueError("no step or episode of a run")
         if finished is not None and self.args.total_timesteps <= finished:
             raise InputError(
                 f"--resume {self.logger.run_dir}: that run is complete; a larger --total-timesteps makes it go on"
