@@ -245,7 +245,11 @@ def test_killed_at_every_event_of_a_checkpoint(untouched, tmp_path):
 
 
 def send(number: int, times: int = 1) -> Callable[[], None]:
-    return lambda: [os.kill(os.getpid(), number) for _ in range(times)] and None
+    def act() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    return act
 
 
 @pytest.mark.parametrize("number, code, how", [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])

@@ -5,6 +5,7 @@ Those of the data sets: tests/test_data_formats.py.
 
 import copy
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_a_checkpoint_with_damaged_bytes_is_refused_or_reads_the_same(tmp_path):
             assert same(state, expected)
 
     return check
+
+
+def test_an_entry_that_calls_itself_a_folder_is_damage(tmp_path):
+    """Found by the test above: torch reads no bytes of it, and leaves the tensor as the memory was."""
+    content = bytearray(good_folder(tmp_path)[CHECKPOINT])
+    with zipfile.ZipFile(tmp_path / "run" / CHECKPOINT) as file:
+        entry = file.start_dir
+        for info in file.infolist():
+            if info.filename.endswith("data/0"):
+                break
+            entry += 46 + len(info.filename) + len(info.extra)
+    content[entry + 38] = 16
+    (tmp_path / "damaged.pt").write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        load_tensors(tmp_path / "damaged.pt")
 
 
 VALUES: list[Any] = [None, True, -1, 0, 7, 2**80, 1e400, float("nan"), "", "step", [], {}, (), [1, 2], {"rows": -3}]

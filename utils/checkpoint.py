@@ -55,7 +55,8 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            # torch takes an entry with attributes for a folder, and reads whatever lies in memory for it
+            damaged = file.testzip() or any(entry.external_attr for entry in file.infolist())
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
@@ -299,7 +300,9 @@ class Run:
                     content = file.read(count * width)
                 if zlib.crc32(content) == state["replay"]["crc32"]:
                     return state, np.frombuffer(content, np.float32).reshape(count, width // 4)
-        except (KeyError, TypeError, FileNotFoundError):
+        except InputError:
+            raise
+        except Exception:  # of a foreign checkpoint: its values can be of any kind
             pass
         raise InputError(f"{replay} does not hold the rows of {name}")
 
