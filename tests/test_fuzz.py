@@ -160,7 +160,7 @@ def places(state: Any, path: tuple = ()) -> list[tuple]:
     return [place for key, value in items for place in [(*path, key), *places(value, (*path, key))]]
 
 
-@fuzz(few=60, many=15_000)
+@fuzz(few=60, many=12_000)
 def test_a_foreign_checkpoint_is_refused_or_resumed(tmp_path):
     """Any value in place of any other, any absent; replay.bin and metrics.csv damaged."""
     files = good_folder(tmp_path)
@@ -202,7 +202,7 @@ JSON = st.recursive(
 )
 
 
-@fuzz(few=200, many=20_000)
+@fuzz(few=200, many=25_000)
 def test_args_json_is_refused_or_read(tmp_path):
     record = json.loads(good_folder(tmp_path)["args.json"])
     record["resumes"] = [{"step": 1, "changed": {"seed": 3}}]
@@ -233,7 +233,7 @@ FLAGS = [f"--{name.replace('_', '-')}" for name in vars(expo_diffusion.Args())]
 WORDS = st.sampled_from([*FLAGS, *TASKS, "hard", "entropy", "--", "-1", "1e9", "nan", "inf", "True", "", "--no-track"])
 
 
-@fuzz(few=25, many=6_000)
+@fuzz(few=25, many=3_000)
 def test_flags_are_refused_or_understood(tmp_path):
     def check(choice: Any) -> None:
         words = choice.draw(st.lists(WORDS | st.text(max_size=6) | st.integers().map(str), max_size=6))
