@@ -74,7 +74,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[bool]:
-    """Yields whether `path` has to be made; one process at a time in its folder, so that those that wait find it made."""
+    """Yields whether `path` has to be made; one process a folder at a time: who waits finds it made."""
     if path.exists():
         yield False
         return
