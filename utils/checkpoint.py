@@ -55,7 +55,8 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            # torch takes an entry with attributes for a folder, and reads whatever lies in memory for it
+            damaged = file.testzip() or any(entry.external_attr for entry in file.infolist())
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
@@ -165,8 +166,9 @@ class Run:
 
     def _check(self, step: int) -> None:
         """Stops at a parameter that is not finite; warns once of values that no rewards could sum to."""
-        wrong = [name for name, value in self.agent.named_parameters() if not value.isfinite().all()]
-        if wrong:
+        finite = torch.stack([value.isfinite().all() for value in self.agent.parameters()])
+        if not finite.all():
+            wrong = [name for name, value in self.agent.named_parameters() if not value.isfinite().all()]
             raise InputError(f"step {step}: parameters are not finite ({wrong[0]}); lower the learning rates")
         q, gamma = self.logger.last_row.get("critic/q_mean"), self.args.gamma
         if self.warned or q is None or gamma == 1:
@@ -189,7 +191,7 @@ class Run:
         _received.clear()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self.handlers[number] = signal.signal(number, self._on_signal)
+                self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
         return self
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -298,7 +300,9 @@ class Run:
                     content = file.read(count * width)
                 if zlib.crc32(content) == state["replay"]["crc32"]:
                     return state, np.frombuffer(content, np.float32).reshape(count, width // 4)
-        except (KeyError, TypeError, FileNotFoundError):
+        except InputError:
+            raise
+        except Exception:  # of a foreign checkpoint: its values can be of any kind
             pass
         raise InputError(f"{replay} does not hold the rows of {name}")
 
@@ -332,6 +336,8 @@ class Run:
 
     def _restore(self, state: dict[str, Any], rows: np.ndarray) -> None:
         step, finished = state["step"], self.logger.record.get("finished")
+        if not (step is None or type(step) is int) or not 0 <= state["episode_start"] <= len(rows):
+            raise ValueError("no step or episode of a run")
         if finished is not None and self.args.total_timesteps <= finished:
             raise InputError(
                 f"--resume {self.logger.run_dir}: that run is complete; a larger --total-timesteps makes it go on"

@@ -74,17 +74,15 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[bool]:
-    """Yields whether `path` has to be made; one process at a time, so that those that wait find it made."""
+    """Yields whether `path` has to be made; one process a folder at a time: who waits finds it made."""
     if path.exists():
         yield False
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock")
-        lock.touch()
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written ({error.strerror}); set EXPO_CACHE_DIR") from None
-    with locked(lock):
+    with locked(path.parent):
         yield not path.exists()
 
 

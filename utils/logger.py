@@ -53,8 +53,8 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         record = json.loads((run_dir / "args.json").read_text())
         if not (isinstance(record["script"], str) and isinstance(record["args"], dict)):
             raise TypeError
-        for resume in record.get("resumes", []):
-            dict(resume["changed"])
+        if not all(isinstance(resume["changed"], dict) for resume in record.get("resumes", [])):
+            raise TypeError
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{run_dir} holds no run: args.json is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
