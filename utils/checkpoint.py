@@ -319,9 +319,9 @@ class Run:
                 problems.append(str(error))
         else:
             raise InputError(f"--resume {folder}: no checkpoint to go on from ({'; '.join(problems)})")
-        if self.data != state.get("data"):
-            raise InputError(f"--resume {folder}: the data set is not the one that run learned from")
         try:
+            if self.data != state["data"]:
+                raise InputError(f"--resume {folder}: the data set is not the one that run learned from")
             self._restore(state, rows)
         except (InputError, OSError):
             raise
