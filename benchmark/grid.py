@@ -112,7 +112,9 @@ def _checked(path: Path) -> dict[str, Any]:
     try:
         grid = tomllib.loads(path.read_text())
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); a grid is a file like those in benchmark/grids") from None
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); a grid is a file like those in benchmark/grids"
+        ) from None
     except ValueError as error:
         raise InputError(f"{path} is not TOML: {reason(error)}") from None
     for key in grid:
@@ -125,7 +127,7 @@ def _checked(path: Path) -> dict[str, Any]:
             continue
         value = grid.get(key)
         values = value.values() if isinstance(value, dict) else value
-        if not value and needed or type(value) is not kind or (inner and any(type(v) is not inner for v in values)):
+        if (not value and needed) or type(value) is not kind or (inner and any(type(v) is not inner for v in values)):
             raise InputError(f"{path}: {key!r} must be {words}" + ("" if key in grid else "; it is missing"))
         if kind is list and len(set(value)) < len(value):
             raise InputError(f"{path}: {key!r} names something twice")
@@ -183,7 +185,7 @@ class Work:
         except (OSError, InputError) as problem:
             error = reason(problem)
         with contextlib.suppress(OSError):
-            failure.write_text(error) if error else failure.unlink(missing_ok=True)
+            failure.write_text(error) if error and not self.stopped else failure.unlink(missing_ok=True)
 
     def _do(self) -> str:
         """Does what is left of the run; returns "" or why it failed."""
@@ -250,7 +252,7 @@ class Work:
             self.process.terminate()
 
     def checkpoint(self) -> Any:
-        """What submitit calls before a time limit or a preemption: the script ends, and the job goes back to the queue."""
+        """What submitit calls before a time limit or a preemption: the script saves and ends, the job is requeued."""
         import submitit  # pyright: ignore[reportMissingImports]
 
         self.stop()
