@@ -28,7 +28,7 @@ RUNS, RESULTS = ROOT / "runs" / "grids", ROOT / "benchmark" / "results"
 # Key of a grid file -> whether it must be there, what its values are, and that in words.
 KEYS: dict[str, tuple[bool, type, type | None, str]] = {
     "tasks": (True, list, str, "a list of names from `python -m utils.data list`"),
-    "seeds": (True, list, int, "a list of whole numbers"),
+    "seeds": (True, list, int, "a list of whole numbers from 0 on"),
     "methods": (True, dict, str, 'a table of name = "script.py --flags"'),
     "variants": (False, dict, str, 'a table of name = "--flags"'),
     "flags": (False, str, None, "a text of flags for every run"),
@@ -123,12 +123,14 @@ def _checked(path: Path) -> dict[str, Any]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"{path}: unknown key {key!r}{hint} (known: {', '.join(KEYS)})")
     for key, (needed, kind, inner, words) in KEYS.items():
-        if key not in grid and not needed:
+        if key not in grid:
+            if needed:
+                raise InputError(f"{path}: {key!r} is missing; it must be {words}")
             continue
-        value = grid.get(key)
+        value: Any = grid[key]
         values = value.values() if isinstance(value, dict) else value
-        if (not value and needed) or type(value) is not kind or (inner and any(type(v) is not inner for v in values)):
-            raise InputError(f"{path}: {key!r} must be {words}" + ("" if key in grid else "; it is missing"))
+        if type(value) is not kind or (needed and not value) or (inner and any(type(v) is not inner for v in values)):
+            raise InputError(f"{path}: {key!r} must be {words}")
         if kind is list and len(set(value)) < len(value):
             raise InputError(f"{path}: {key!r} names something twice")
     for task in [*grid["tasks"], *grid.get("task_flags", {})]:
