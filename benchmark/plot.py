@@ -28,7 +28,7 @@ from utils.logger import read_record
 
 # Okabe-Ito, readable for the colour-blind; lines and markers tell them apart in black and white.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
-LINES, MARKERS = ["-", "--", "-.", ":"], "osD^vPX*<"
+LINES, MARKERS = ["-", "--", "-.", ":"], "osD^vPX*"
 
 LEVELS = [(0.5, 1), (0.8, 1), (0.9, 1), (0.9, 3)]  # success, and over how many evaluations in a row
 
@@ -274,7 +274,7 @@ def plot(results: Results, order: list[str], expected: dict[tuple[str, str], set
             if len(steps) < 2:  # imitation only
                 axis.axhline(interquartile_mean(values)[0], label=label, **style)
                 continue
-            style |= {"marker": MARKERS[index % 9], "markersize": 4.5, "markevery": max(len(steps) // 8, 1)}
+            style |= {"marker": MARKERS[index % 8], "markersize": 4.5, "markevery": max(len(steps) // 8, 1)}
             axis.plot(steps, interquartile_mean(values), label=label, **style)
             axis.fill_between(steps, *bootstrap(values), color=style["color"], alpha=0.13, lw=0)
             if len(order) == 1 and np.isfinite(curves[0].base_success).all():  # room for its base policy

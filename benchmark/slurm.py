@@ -32,6 +32,10 @@ class Slurm:
         pairs = [word.removeprefix("--").partition("=") for word in shlex.split(sbatch)]
         if any(not value for _, _, value in pairs):
             raise InputError(f"--sbatch {sbatch!r} must be pairs, as in 'account=lab mem=8G'")
+        if minutes < 5:
+            raise InputError(
+                f"--time-minutes {minutes} must be at least 5: Slurm warns a run up to 3 minutes before its end"
+            )
         try:
             self.executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES)
         except RuntimeError as error:
