@@ -236,6 +236,10 @@ def main(
         runs_dir: where the runs' folders are made; with slurm, on a disk that all nodes share.
         results_dir: where the results are kept.
     """
+    if engine == "slurm" and gpus:
+        raise InputError("--gpus is for this machine; with --engine slurm, --gpus-per-run")
+    if engine == "local" and (partition or sbatch or gpus_per_run or no_wait):
+        raise InputError("--partition, --sbatch, --gpus-per-run and --no-wait need --engine slurm")
     runs = read_grid(grid, only, runs_dir.resolve(), results_dir.resolve())
     missing = [run for run in runs if not run.result_dir.exists()]
     if dry_run:

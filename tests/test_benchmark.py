@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,26 @@ def test_a_folder_that_another_process_writes_is_left_alone(tmp_path, capsys):
     assert "is still being written by another process" in capsys.readouterr().out
 
 
+def test_the_display_names_what_is_active_and_redraws_it_in_a_terminal(tmp_path, capsys, monkeypatch):
+    cells = read_grid(fake_grid(tmp_path), "", tmp_path / "runs", tmp_path / "results")
+    monkeypatch.setenv("COLUMNS", "60")
+    display, counts = run.Display("mazes"), Counter(done=1, failed=0, active=2, left=5)
+    display.terminal = True
+    cells[0].run_dir.mkdir(parents=True)
+    (cells[0].run_dir / "metrics.csv").write_text(
+        "step,seconds,eval/success_rate\n-50,1.2,\n0,3.0,0.25\n50,4.6,\n60,"  # the last is being written
+    )
+    display.show(counts, cells)
+    lines = ["mazes: 1 done, 0 failed, 2 active, 5 left"]
+    lines += ["  pointmaze-umaze/a/seed1  step 50, 5 s, success 0.25 at 0"[:59], "  pointmaze-umaze/a/seed2  starting"]
+    assert capsys.readouterr().out == "\n".join(lines) + "\n"
+    display.show(counts, cells)  # too early
+    assert capsys.readouterr().out == ""
+    display.note("FAILED  x: y")
+    display.show(counts, cells[:1])
+    assert capsys.readouterr().out == "\x1b[3A\x1b[JFAILED  x: y\n" + "\n".join(lines[:2]) + "\n"
+
+
 def test_gpus_are_shared_out_evenly(tmp_path, monkeypatch):
     grid = fake_grid(tmp_path, "--sleep 0.1", "[1, 2, 3, 4]")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
@@ -340,7 +361,7 @@ def write_results(folder: Path, task: str, method: str, seeds: dict[int, list[fl
         place = folder / task / method / f"seed{seed}"
         place.mkdir(parents=True)
         lines = ["step,seconds,losses/critic,eval/success_rate,eval/base_success_rate", "-10,1.0,0.5,,"]
-        lines += [f"{100 * i},{10 + i}.5,,{s},0.1" for i, s in enumerate(success)]
+        lines += [f"{100 * i},{10 + i}.0,,{s},0.1" for i, s in enumerate(success)]
         (place / "metrics.csv").write_text("\n".join(lines) + "\n")
         (place / "args.json").write_text('{"script": "s", "args": {}, "versions": {"commit": "c"}}')
 
@@ -363,7 +384,7 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
         "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.97 | 0.74 | ∞ (1.50 to ∞) |"
     )
     assert rows["rlpd"] == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.17 | 0.05 | 1 |"
-    assert "| expo_flow | 12 | 12 | 14 | 14 | 16 |" in out.replace(".5", "")
+    assert "| expo_flow | 11 | 12 | 13 | 12 | 15 |" in out
     assert re.search(r"^\| 10 \| 0.10 \| 0.00 \| 300", out, re.M)  # its number, not its place
     assert "MISSING maze/rlpd: seed 10" in out and "MISSING maze/expo" not in out
     assert drawn == ["expo_flow (3 seeds)", "rlpd (2 of 3 seeds)", "base_alone (3 seeds)"]
@@ -560,6 +581,13 @@ def test_bad_options_of_slurm_are_one_line(tmp_path, slurm, monkeypatch):
         with pytest.raises(InputError, match=words) as caught:
             run_grid(grid, engine="slurm", **options)
         assert "\n" not in str(caught.value)
+
+
+def test_flags_of_the_other_engine_are_refused(tmp_path):
+    with pytest.raises(InputError, match="with --engine slurm, --gpus-per-run"):
+        run_grid(fake_grid(tmp_path), engine="slurm", gpus=1)
+    with pytest.raises(InputError, match="need --engine slurm"):
+        run_grid(fake_grid(tmp_path), no_wait=True)
 
 
 def test_slurm_needs_submitit_and_slurm(tmp_path, monkeypatch):
