@@ -46,7 +46,8 @@ class Run:
         method: its method, with the variant behind a "+" where there are any.
         seed: its seed.
         command: the script and its flags, without the run's folder.
-        run_dir: where it works; beside it lie its .log, the reason of a failure and the number of a Slurm job.
+        run_dir: where it works. Beside it lie its .log, why it .failed, its Slurm .job, and an .old one that could not
+            be continued.
         result_dir: gets what tables and curves need, once it has ended well.
     """
 
@@ -191,7 +192,7 @@ class Work:
 
     def _do(self) -> str:
         """Does what is left of the run; returns "" or why it failed."""
-        run_dir = self.run.run_dir
+        run_dir, folder = self.run.run_dir, self._folder()
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         if run_dir.exists():
             try:
@@ -204,18 +205,24 @@ class Work:
                     return self._keep()
                 if any(run_dir.glob("checkpoint*.pt")):
                     code, said = self._start("--resume")
-                    if code != 2 or "resumed after step" in said or self.stopped:
+                    # The script's words if it is this folder that cannot be resumed, and not a disk or a GPU.
+                    if not re.search(rf"^error: (--resume {re.escape(folder)}:|{re.escape(folder)}/)", said, re.M):
                         return self._end(code, said)
-            shutil.rmtree(run_dir)  # nothing there can be continued
+            old = self.run.beside(".old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(run_dir, old)
         return self._end(*self._start("--run-dir"))
+
+    def _folder(self) -> str:
+        """The run's folder as its script is told: seen from the repository if it lies there."""
+        run_dir = self.run.run_dir
+        return str(run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir)
 
     def _start(self, flag: str) -> tuple[int, str]:
         """Starts the script and waits; returns its exit code and what it said."""
         if self.stopped:
             return 130, "stopped before it began"
-        folder = self.run.run_dir
-        folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.resolve()
-        words = [sys.executable, *self.run.command, flag, str(folder)]
+        words = [sys.executable, *self.run.command, flag, self._folder()]
         env = os.environ | ({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})
         with open(self.run.beside(".log"), "ab") as file:
             begin = file.tell()

@@ -1,6 +1,7 @@
 """Stands for a script in the tests of the benchmark: the same files, signals and words, in milliseconds.
 
-Flags: --task, --seed, --run-dir or --resume of a grid; --steps N; --sleep S after every step; --fail SEED.
+Flags: --task, --seed, --run-dir or --resume of a grid; --steps N; --sleep S after every step; --fail SEED;
+--nogpu YES refuses to start.
 """
 
 import json
@@ -15,11 +16,14 @@ def main(words: list[str]) -> None:
     flags = dict(zip(words[::2], words[1::2], strict=True))
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    if "--nogpu" in flags:
+        print("error: --device cuda: torch finds no CUDA here", file=sys.stderr)
+        sys.exit(2)
     folder, last = Path(flags.get("--resume") or flags["--run-dir"]), -1
     record = {"script": "fake_script", "args": {}, "versions": {"commit": "c"}, "command": ["fake_script.py", *words]}
     if "--resume" in flags:
         if not (folder / "checkpoint.pt").read_text().isdecimal():
-            print("error: checkpoint.pt is damaged", file=sys.stderr)
+            print(f"error: --resume {folder}: no checkpoint to go on from", file=sys.stderr)
             sys.exit(2)
         last = int((folder / "checkpoint.pt").read_text())
         record = json.loads((folder / "args.json").read_text())

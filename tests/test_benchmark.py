@@ -98,6 +98,11 @@ def test_every_grid_of_the_repository_is_read():
         assert read_grid(path)
 
 
+def test_the_example_of_the_docs_is_read(tmp_path):
+    text = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "benchmark.md").read_text(), re.S)
+    assert len(text) == 1 and len(read_grid(write_grid(tmp_path, text[0]))) == 2 * 2 * 2 * 3
+
+
 GOOD = 'tasks = ["pointmaze-umaze"]\nseeds = [1]\n[methods]\na = "expo_flow.py"\n'
 
 
@@ -201,8 +206,23 @@ def test_what_cannot_be_continued_starts_anew(tmp_path, how):
         (folder / "args.json").unlink()
     (folder / "old").touch()
     assert run_grid(grid) == (1 if how == "damaged" else 0)
-    assert not (folder / "old").exists()
+    assert not (folder / "old").exists() and (folder.with_name("seed1.old") / "old").exists()
     assert "resumed after step" not in folder.with_name("seed1.log").read_text()
+
+
+def test_a_checkpoint_stays_where_it_is_if_the_machine_is_to_blame(tmp_path):
+    grid = fake_grid(tmp_path, seeds="[1]")
+    assert run_grid(grid) == 0
+    shutil.rmtree(tmp_path / "results")
+    folder = folder_of(grid, "runs")
+    record = json.loads((folder / "args.json").read_text())
+    record["command"][-2:] = ["--nogpu", "yes", *record["command"][-2:]]  # as if it was the same command all along
+    del record["finished"]
+    (folder / "args.json").write_text(json.dumps(record))
+    fake_grid(tmp_path, "--nogpu yes", "[1]")
+    assert run_grid(grid) == 1
+    assert (folder / "checkpoint.pt").exists() and not folder.with_name("seed1.old").exists()
+    assert "finds no CUDA" in folder.with_name("seed1.failed").read_text()
 
 
 def test_a_run_that_ended_while_nobody_watched_is_only_copied(tmp_path):
