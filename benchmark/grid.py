@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,23 @@ class Run:
         """Whether an args.json is of a run of this command, whatever the order of its flags."""
         if any(resume.get("changed") for resume in record.get("resumes", [])):
             return False
-        words = [Path(self.command[0]).name, *self.command[1:]]
-        return sorted(record.get("command", [])[:-2]) == sorted(words)  # its last two are --run-dir FOLDER
+        script, *words = record.get("command") or [""]
+        flags = flag_values(words)
+        flags.pop("--run-dir", None)
+        return script == Path(self.command[0]).name and flags == flag_values(self.command[1:])
+
+
+def flag_values(words: Iterable[str]) -> dict[str, list[str]]:
+    """Flag -> its values; of a flag given twice, the last."""
+    found: dict[str, list[str]] = {}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found[flag] = [value] if equals else []
+        else:
+            found.setdefault(flag, []).append(word)
+    return found
 
 
 def read_grid(path: Path, only: str = "", runs: Path = RUNS, results: Path = RESULTS) -> list[Run]:
@@ -89,7 +105,7 @@ def read_grid(path: Path, only: str = "", runs: Path = RUNS, results: Path = RES
     grid = _checked(path)
     methods = {}
     for (method, command), (variant, flags) in itertools.product(
-        grid["methods"].items(), grid.get("variants", {"": ""}).items()
+        grid["methods"].items(), (grid.get("variants") or {"": ""}).items()
     ):
         script, *own_flags = _words(path, command)
         methods[f"{method}+{variant}" if variant else method] = script, own_flags + _words(path, flags)
@@ -130,7 +146,8 @@ def _checked(path: Path) -> dict[str, Any]:
             continue
         value: Any = grid[key]
         values = value.values() if isinstance(value, dict) else value
-        if type(value) is not kind or (needed and not value) or (inner and any(type(v) is not inner for v in values)):
+        fits = type(value) is kind and (value or not needed) and (not inner or all(type(v) is inner for v in values))
+        if not fits or (inner is int and min(value) < 0):
             raise InputError(f"{path}: {key!r} must be {words}")
         if kind is list and len(set(value)) < len(value):
             raise InputError(f"{path}: {key!r} names something twice")
@@ -154,7 +171,7 @@ def _words(path: Path, flags: str) -> list[str]:
         words = shlex.split(flags)
     except ValueError as error:
         raise InputError(f"{path}: {flags!r}: {error}") from None
-    own = OWN_FLAGS & {word.split("=")[0].replace("_", "-") for word in words}
+    own = OWN_FLAGS & {flag.replace("_", "-") for flag in flag_values(words)}
     if own:
         raise InputError(f"{path}: {flags!r}: {own.pop()} is given by the grid itself")
     return words

@@ -29,7 +29,7 @@ class Slurm:
             import submitit  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise InputError("--engine slurm needs submitit: pip install submitit") from None
-        pairs = [word.removeprefix("--").partition("=") for word in shlex.split(sbatch)]
+        pairs = [word.removeprefix("--").partition("=") for word in sbatch.split()]
         if any(not value for _, _, value in pairs):
             raise InputError(f"--sbatch {sbatch!r} must be pairs, as in 'account=lab mem=8G'")
         if minutes < 5:
@@ -92,10 +92,8 @@ class Slurm:
         now = time.monotonic()
         if now - self.asked > 2:
             self.asked = now
-            try:
+            with contextlib.suppress(InputError):  # a busy controller
                 self.queue = self._ask()
-            except InputError:  # a busy controller: ask again
-                return [run for run in self.jobs if run not in self.ended], []
         active, waiting = [], []
         for run, job in self.jobs.items():
             state = self.queue.get(job)

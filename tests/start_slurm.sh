@@ -64,7 +64,12 @@ CONF
     ;;
 stop)
     for name in slurmd slurmctld munge; do
-        [ -f "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" || true
+        pid=$(cat "$folder/$name.pid" 2>/dev/null) || continue
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 100); do # they write their state before they end
+            case "$(ps -o stat= -p "$pid" || true)" in "" | Z*) break ;; esac
+            sleep 0.1
+        done
     done
     ;;
 esac

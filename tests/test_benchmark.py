@@ -113,6 +113,7 @@ GOOD = 'tasks = ["pointmaze-umaze"]\nseeds = [1]\n[methods]\na = "expo_flow.py"\
         (GOOD.replace("seeds = [1]\n", ""), "'seeds' is missing; it must be a list of whole numbers"),
         (GOOD.replace("[1]", '["1"]'), "'seeds' must be a list of whole numbers"),
         (GOOD.replace("[1]", "[true]"), "'seeds' must be a list of whole numbers"),
+        (GOOD.replace("[1]", "[-1]"), "'seeds' must be a list of whole numbers from 0 on"),
         (GOOD.replace("[1]", "[1, 1]"), "'seeds' names something twice"),
         (GOOD.replace("[1]", "[]"), "'seeds' must be a list of whole numbers"),
         (GOOD.replace('["pointmaze-umaze"]', '"pointmaze-umaze"'), "'tasks' must be a list"),
@@ -233,6 +234,22 @@ def test_a_run_that_ended_while_nobody_watched_is_only_copied(tmp_path):
     assert run_grid(grid) == 0
     assert (folder_of(grid, "results") / "metrics.csv").exists()
     assert (folder_of(grid, "runs") / "metrics.csv").stat().st_mtime_ns == before
+
+
+def test_commands_are_the_same_if_their_flags_have_the_same_values(tmp_path):
+    grid = fake_grid(tmp_path, "--sleep 0 --fail 7", "[1]")
+    (cell,) = read_grid(grid)
+    flags = ["--fail", "7", "--steps", "9", "--steps=3", "--sleep", "0", "--seed", "1", "--task", "pointmaze-umaze"]
+    for words, same in (
+        (flags, True),
+        (flags[::-1], False),
+        ([*flags, "--other"], False),
+        ([{"7": "0", "0": "7"}.get(word, word) for word in flags], False),  # the same words, swapped
+    ):
+        assert cell.made({"command": ["fake_script.py", *words, "--run-dir", "x"]}) is same
+    assert not cell.made({"command": ["expo_flow.py", *flags]}) and not cell.made({})
+    changed = {"resumes": [{"changed": {"total_timesteps": 5}}]}
+    assert not cell.made({"command": ["fake_script.py", *flags], **changed})
 
 
 def test_results_of_other_flags_are_kept_and_named(tmp_path, capsys):
