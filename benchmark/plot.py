@@ -3,13 +3,15 @@
     python benchmark/plot.py benchmark/results/mazes --out docs/images/mazes.png
 
 Curves are interquartile means over seeds with 95 % bootstrap intervals. "Steps to 90 %" is the first evaluation with
-that success, counted in environment steps; "s to 90 %" is the run's own clock then, everything before included. One
-lucky evaluation is not yet a policy: "held" is the first of three evaluations in a row whose mean is 90 %.
+that success, counted in environment steps, 0 if it is the one before the first; "seconds" is the run's own clock then,
+everything before included. A level that is not reached is infinitely far. One lucky evaluation is not yet a policy:
+"held" is the first of three evaluations in a row whose mean is 90 %. docs/benchmark.md defines the rest.
 """
 
 import csv
-import json
 import math
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,17 +19,20 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-# Okabe-Ito, readable for the colour-blind; with the line styles also in black and white.
-STYLES = [
-    ("#0072B2", "-"),
-    ("#D55E00", "-"),
-    ("#009E73", "-"),
-    ("#E69F00", "--"),
-    ("#CC79A7", "-."),
-    ("#56B4E9", ":"),
-    ("#000000", "--"),
-    ("#8C8C8C", ":"),
-]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
+
+from benchmark.grid import ROOT, read_grid
+from utils.errors import InputError, exit_on_input_error
+from utils.files import reason
+from utils.logger import read_record
+
+# Okabe-Ito, readable for the colour-blind; lines and markers tell them apart in black and white.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
+LINES, MARKERS = ["-", "--", "-.", ":"], "osD^vPX*"
+
+LEVELS = [(0.5, 1), (0.8, 1), (0.9, 1), (0.9, 3)]  # success, and over how many evaluations in a row
+
+Results = dict[str, dict[str, dict[int, "Curve"]]]  # task -> method -> seed -> curve
 
 
 @dataclass
@@ -60,20 +65,69 @@ class Curve:
 
 
 def read_curve(path: Path, key: str = "eval/success_rate") -> Curve:
-    """The evaluations in a metrics.csv."""
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(key) and int(row["step"]) >= 0]
-    column = lambda name: np.array([float(row.get(name) or "nan") for row in rows])  # noqa: E731
-    return Curve(column("step"), column("seconds"), column(key), column("eval/base_success_rate"))
+    """The evaluations in a metrics.csv.
+
+    Raises:
+        InputError: it cannot be read, is cut or no table of numbers, or holds no evaluation.
+    """
+    needed = ["step", "seconds", key]
+    columns: dict[str, list[float]] = {name: [] for name in [*needed, "eval/base_success_rate"]}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval=None)
+            absent = [name for name in needed if name not in (reader.fieldnames or [])]
+            if absent:
+                raise InputError(f"{path} has no column {absent[0]!r}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(f"{path}, line {reader.line_num}: not as many values as columns")
+                if row[key] and float(row["step"]) >= 0:
+                    for name, values in columns.items():
+                        values.append(float(row.get(name) or "nan"))
+                    if not all(math.isfinite(columns[name][-1]) for name in needed):
+                        raise InputError(f"{path}, line {reader.line_num}: a value is missing or not finite")
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({reason(error)})") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}, line {reader.line_num}: {reason(error)}") from None
+    curve = Curve(*(np.array(values) for values in columns.values()))
+    if len(curve.steps) == 0:
+        raise InputError(f"{path} holds no evaluation ({key} at step 0 or later)")
+    if (np.diff(curve.steps) <= 0).any():
+        raise InputError(f"{path}: the steps of the evaluations do not rise")
+    return curve
 
 
-def read_results(folder: Path) -> dict[str, dict[str, list[Curve]]]:
-    """task -> method -> curves by seed, from <folder>/<task>/<method>/seed<n>/metrics.csv."""
-    results: dict[str, dict[str, list[Curve]]] = {}
+def read_results(folder: Path) -> Results:
+    """All curves in <folder>/<task>/<method>/seed<n>/metrics.csv, by seed.
+
+    Raises:
+        InputError: there are none, or one is broken.
+    """
+    results: Results = {}
     for path in sorted(folder.glob("*/*/seed*/metrics.csv")):
-        task, method = path.parts[-4], path.parts[-3]
-        results.setdefault(task, {}).setdefault(method, []).append(read_curve(path))
-    return results
+        task, method, seed = path.parts[-4:-1]
+        if seed[4:].isdecimal():
+            results.setdefault(task, {}).setdefault(method, {})[int(seed[4:])] = read_curve(path)
+    if not results:
+        raise InputError(f"{folder} holds no <task>/<method>/seed<n>/metrics.csv")
+    return {task: {m: dict(sorted(c.items())) for m, c in methods.items()} for task, methods in results.items()}
+
+
+def expected_seeds(results: Results, grid: Path | None) -> dict[tuple[str, str], set[int]]:
+    """(task, method) -> the seeds that there should be: the grid's; without one, all that any method of a task has."""
+    expected: dict[tuple[str, str], set[int]] = {}
+    if grid is not None:
+        for run in read_grid(grid):
+            expected.setdefault((run.task, run.method), set()).add(run.seed)
+    methods = {method for by_method in results.values() for method in by_method}
+    for task, by_method in results.items():
+        seeds = {seed for curves in by_method.values() for seed in curves}
+        for method in methods if grid is None else by_method:
+            expected.setdefault((task, method), seeds)
+    return expected
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -100,105 +154,192 @@ def area(curve: Curve) -> float:
     return float(np.trapezoid(curve.success, curve.steps) / (curve.steps[-1] - curve.steps[0]))
 
 
+def step_ratio(
+    curves: list[Curve], against: list[Curve], level: float = 0.9, samples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """How many times fewer environment steps to a level than `against`, and a 95 % bootstrap interval over seeds.
+
+    The ratio of the medians over seeds, theirs / ours. To every count of steps one evaluation interval is added: an
+    evaluation cannot tell steps apart that lie between two of them, and step 0 has a ratio. Infinite if only they do
+    not reach the level, 0 if only we do not, nan if nobody does; in the interval nan is 0 below and infinite above.
+    """
+    gaps = [np.diff(curve.steps).max() for curve in [*curves, *against] if len(curve.steps) > 1]
+    if not gaps:
+        return math.nan, 0.0, math.inf
+    rng = np.random.default_rng(seed)
+    medians, draws = [], []
+    for side in (against, curves):
+        steps = np.array([curve.first(level)[0] for curve in side]) + max(gaps)
+        medians.append(np.median(steps))
+        draws.append(np.median(steps[rng.integers(len(steps), size=(samples, len(steps)))], axis=1))
+    with np.errstate(invalid="ignore"):
+        ratio, ratios = medians[0] / medians[1], draws[0] / draws[1]
+    low = np.quantile(np.nan_to_num(ratios, nan=0.0, posinf=math.inf), 0.025, method="lower")
+    high = np.quantile(np.nan_to_num(ratios, nan=math.inf, posinf=math.inf), 0.975, method="higher")
+    return float(ratio), float(low), float(high)
+
+
+def number(value: float, digits: int = 0) -> str:
+    """For a cell of a table: infinite is ∞, nan is -."""
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-" if math.isnan(value) else "∞"
+
+
 def median_of(values: list[float]) -> str:
-    """Median over seeds, "-" where it is infinite; how many seeds got there if not all."""
+    """Median over seeds, and in how many of them it is finite if not in all."""
     reached = sum(map(math.isfinite, values))
-    middle = float(np.median(values))
-    text = f"{middle:,.0f}" if math.isfinite(middle) else "-"
+    text = number(float(np.median(values)))
     return text if reached == len(values) else f"{text} ({reached}/{len(values)})"
 
 
-def table(methods: dict[str, list[Curve]], order: list[str]) -> str:
-    """A Markdown table: medians over seeds; a count in brackets where not all seeds got there."""
-    head = ["method", "seeds", "base policy alone at 0", "at 0"]
-    head += ["steps to 80 %", "90 %", "90 % held", "s to 80 %", "90 %", "90 % held", "final", "area"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def table(methods: dict[str, dict[int, Curve]], order: list[str], expected: dict[str, int], against: str) -> str:
+    """A row per method: medians over seeds; a count in brackets where not all seeds got there."""
+    head = ["method", "seeds", "base policy alone at 0", "at 0", "steps to 50 %", "80 %", "90 %", "90 % held"]
+    head += ["final", "area", *([f"times fewer steps to 90 % than {against}"] if against in methods else [])]
+    rows = []
     for method in order:
-        curves = methods[method]
-        cells = [method, str(len(curves))]
-        base = float(np.median([c.base_success[0] for c in curves]))
-        cells += ["" if math.isnan(base) else f"{base:.2f}", f"{np.median([c.success[0] for c in curves]):.2f}"]
-        firsts = [[curve.first(*level) for curve in curves] for level in ((0.8,), (0.9,), (0.9, 3))]
-        cells += [median_of([first[i] for first in level]) for i in (0, 1) for level in firsts]
-        final = interquartile_mean(np.array([c.success[-3:].mean() for c in curves]))
-        cells += [f"{float(final):.2f}", f"{np.median([area(c) for c in curves]):.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        curves = list(methods[method].values())
+        cells = [method, count_of(len(curves), expected[method])]
+        cells += [number(float(np.median([c.base_success[0] for c in curves])), 2)]
+        cells += [number(float(np.median([c.success[0] for c in curves])), 2)]
+        cells += [median_of([c.first(*level)[0] for c in curves]) for level in LEVELS]
+        cells += [number(float(interquartile_mean(np.array([c.success[-3:].mean() for c in curves]))), 2)]
+        cells += [number(float(np.median([area(c) for c in curves])), 2)]
+        if against in methods and method != against:
+            ratio, low, high = step_ratio(curves, list(methods[against].values()))
+            cells += [f"{number(ratio, 2)} ({number(low, 2)} to {number(high, 2)})"]
+        elif against in methods:
+            cells += ["1"]
+        rows.append(cells)
+    return markdown(head, rows)
 
 
-def seed_table(curves: list[Curve]) -> str:
-    """A Markdown table with a row per seed of one method."""
+def seconds_table(methods: dict[str, dict[int, Curve]], order: list[str]) -> str:
+    """A row per method: median seconds over seeds."""
+    rows = []
+    for method in order:
+        curves = methods[method].values()
+        cells = [median_of([c.first(*level)[1] for c in curves]) for level in LEVELS]
+        rows.append([method, *cells, median_of([float(c.seconds[-1]) for c in curves])])
+    return markdown(["method", "seconds to 50 %", "80 %", "90 %", "90 % held", "last evaluation"], rows)
+
+
+def seed_table(curves: dict[int, Curve]) -> str:
+    """A row per seed of one method."""
     head = ["seed", "base policy alone at 0", "at 0", "steps to 90 %", "90 % held", "s to 90 %"]
     head += ["lowest of the first 1,000 steps", "of them below half of the base policy", "final (last 5 evaluations)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for seed, curve in enumerate(curves, 1):
+    rows = []
+    for seed, curve in curves.items():
         steps, seconds = curve.first(0.9)
-        cells = [f"{curve.base_success[0]:.2f}", f"{curve.success[0]:.2f}", f"{steps:,.0f}"]
-        cells += [f"{curve.first(0.9, 3)[0]:,.0f}", f"{seconds:.0f}"]
         lowest, below = curve.below_half(1000)
-        cells += [f"{lowest:.2f}", f"{below:,.0f}", f"{curve.success[-5:].mean():.2f}"]
-        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [str(seed), number(curve.base_success[0], 2), number(curve.success[0], 2), number(steps)]
+        cells += [number(curve.first(0.9, 3)[0]), number(seconds)]
+        rows.append([*cells, number(lowest, 2), number(below), number(curve.success[-5:].mean(), 2)])
+    return markdown(head, rows)
 
 
-def plot(results: dict[str, dict[str, list[Curve]]], order: list[str], out: Path) -> None:
-    """One panel per task; `out` gets the picture."""
+def count_of(found: int, expected: int) -> str:
+    """5, or "3 of 5" where seeds are missing."""
+    return str(found) if found >= expected else f"{found} of {expected}"
+
+
+def plot(results: Results, order: list[str], expected: dict[tuple[str, str], set[int]], out: Path) -> None:
+    """One panel per task; `out` gets the picture.
+
+    Raises:
+        InputError: the seeds of a method were evaluated at different steps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.8), squeeze=False, sharey=True)
     for axis, (task, methods) in zip(axes[0], results.items(), strict=True):
-        for method, (color, style) in zip(order, STYLES * 3, strict=False):
-            curves = methods.get(method, [])
-            if not curves or min(len(c.steps) for c in curves) < 2:
+        for index, method in enumerate(order):
+            if method not in methods:
                 continue
-            length = min(len(c.steps) for c in curves)
-            values = np.stack([c.success[:length] for c in curves])
-            low, high = bootstrap(values)
-            label = f"{method} ({len(curves)} seeds)"
-            axis.plot(curves[0].steps[:length], interquartile_mean(values), style, color=color, lw=1.8, label=label)
-            axis.fill_between(curves[0].steps[:length], low, high, color=color, alpha=0.13, lw=0)
-            if len(order) == 1:  # room for its base policy
-                base = interquartile_mean(np.stack([c.base_success[:length] for c in curves]))
-                axis.plot(
-                    curves[0].steps[:length], base, "--", color=STYLES[1][0], lw=1.8, label="its base policy alone"
-                )
+            curves = list(methods[method].values())
+            steps = curves[0].steps
+            if any(not np.array_equal(curve.steps, steps) for curve in curves):
+                raise InputError(f"{task}/{method}: its seeds were evaluated at different steps; no mean can be drawn")
+            seeds = count_of(len(curves), len(expected[task, method].union(methods[method])))
+            label = f"{method} ({seeds} seed{'s' if seeds != '1' else ''})"
+            style = {"color": COLORS[index % 8], "linestyle": LINES[(index + index // 8) % 4], "lw": 1.8}
+            values = np.stack([curve.success for curve in curves])
+            if len(steps) < 2:  # imitation only
+                axis.axhline(interquartile_mean(values)[0], label=label, **style)
+                continue
+            style |= {"marker": MARKERS[index % 8], "markersize": 4.5, "markevery": max(len(steps) // 8, 1)}
+            axis.plot(steps, interquartile_mean(values), label=label, **style)
+            axis.fill_between(steps, *bootstrap(values), color=style["color"], alpha=0.13, lw=0)
+            if len(order) == 1 and np.isfinite(curves[0].base_success).all():  # room for its base policy
+                base = interquartile_mean(np.stack([curve.base_success for curve in curves]))
+                axis.plot(steps, base, "--", color=COLORS[1], lw=1.8, label=f"its base policy alone ({seeds} seeds)")
         axis.set(title=task, xlabel="environment steps", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.25)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8.5)
     axes[0][0].set_ylabel("success rate (interquartile mean, 95 % interval)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(4, max(len(labels), 1)), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.06 + 0.05 * (len(labels) // 5), 1, 1))
+    figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=140)
 
 
-def main(results: Annotated[Path, tyro.conf.Positional], out: Path | None = None, per_seed: bool = False) -> None:
-    """Prints a table per task and, with --out, writes the learning curves.
+def print_versions(results: Path) -> None:
+    """The versions that the runs were made with: all, if they differ."""
+    records = [read_record(path.parent) for path in sorted(results.glob("*/*/seed*/args.json"))]
+    versions = Counter(str(record.get("versions", "unknown")) for record in records)
+    for words, runs in versions.items():
+        print(f"versions ({runs} of {len(records)} runs): {words}")
+    if len(versions) > 1:
+        print("warning: the runs were not all made with the same versions")
+    print()
+
+
+def main(
+    results: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+    per_seed: bool = False,
+    grid: Path | None = None,
+    against: str = "rlpd",
+) -> None:
+    """Prints tables per task and, with --out, writes the learning curves.
 
     Args:
         results: a folder of benchmark/results.
         out: file for the picture (png, pdf, svg).
         per_seed: print a table with a row per seed, too.
+        grid: the grid, to know which runs are missing; unset: the one of the results' name in benchmark/grids.
+        against: the method that steps to 90 % are compared with.
     """
     found = read_results(results)
-    if not found:
-        raise SystemExit(f"error: {results} holds no <task>/<method>/seed<n>/metrics.csv")
-    args_file = next(iter(sorted(results.glob("*/*/seed*/args.json"))))
-    print(f"versions: {json.loads(args_file.read_text())['versions']}\n")
+    if grid is None and (named := ROOT / "benchmark" / "grids" / f"{results.resolve().name}.toml").exists():
+        grid = named
+    expected = expected_seeds(found, grid)
+    print_versions(results)
     order = list(dict.fromkeys(method for methods in found.values() for method in methods))
     known = ["expo_diffusion", "expo_flow", "expo_finetune", "no_edit", "rlpd", "idql", "diffusion_ql", "base_alone"]
-    order.sort(key=lambda method: (known.index(method) if method in known else len(known), method))
+    rank = {method: known.index(name) for method in order if (name := method.split("+")[0]) in known}
+    order.sort(key=lambda method: (rank.get(method, len(known)), method))
     for task, methods in found.items():
-        print(f"{task}\n\n{table(methods, [m for m in order if m in methods])}\n")
-        for method in order if per_seed else []:
+        here = [method for method in order if method in methods]
+        counts = {method: len(expected[task, method].union(methods[method])) for method in here}
+        print(f"{task}\n\n{table(methods, here, counts, against)}\n\n{seconds_table(methods, here)}\n")
+        for method in here if per_seed else []:
             print(f"{method}, by seed\n\n{seed_table(methods[method])}\n")
+    for (task, method), seeds in expected.items():
+        missing = sorted(seeds - set(found.get(task, {}).get(method, {})))
+        if missing:
+            print(f"MISSING {task}/{method}: seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}")
     if out:
-        plot(found, order, out)
+        plot(found, order, expected, out)
         print(f"written: {out}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with exit_on_input_error():
+        tyro.cli(main)
