@@ -73,6 +73,7 @@ def flop(agent: Any) -> dict[str, float]:
     args = agent.args
     rows, n, m = args.utd_ratio * args.batch_size, args.num_base_samples, args.num_edit_samples
     base, edit, head = (products(part) for part in (agent.base_policy, agent.edit_policy, agent.critic))
+    base -= 2 * args.base_hidden_dim**2  # the first layer's share for the time code, one product for all rows
     heads, batch = args.num_min_critics, args.batch_size
     return {
         "chain": rows * n * args.denoising_steps * base,

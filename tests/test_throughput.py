@@ -1,0 +1,132 @@
+"""benchmark/throughput.py, its naive reference, and benchmark/soak.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_agent, make_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+import expo_diffusion
+from benchmark import soak, throughput
+from benchmark.naive import NaiveExpo
+
+TINY = "--task pointmaze-umaze --utd-ratio 2 --batch-size 8 --hidden-dim 16 --base-hidden-dim 16 --denoising-steps 2"
+
+
+def counted(function) -> float:
+    """FLOP of the products that torch sees while `function` runs."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flop_against_those_that_torch_counts(script):
+    """Every part within 5 % (what is left out: the time code, which all rows share)."""
+    agent = make_agent(script, obs_dim=6, utd_ratio=3, batch_size=32, hidden_dim=64, base_hidden_dim=64, num_critics=4)
+    optimizers = script.make_optimizers(agent, agent.args)
+    batch = make_batch(3, 32, obs_dim=6)
+    last = type(batch)(*(field[-1] for field in batch))
+    parts = throughput.flop(agent)
+    candidates = script.next_candidates(agent, batch.next_obs)
+    found = counted(lambda: script.next_candidates(agent, batch.next_obs))
+    assert parts["chain"] + parts["edits"] == pytest.approx(found, rel=0.05)
+    found = counted(lambda: script.td_target(agent, last, candidates[-1]))
+    assert parts["ranking"] / 3 == pytest.approx(found, rel=0.05)
+    found = counted(lambda: script.gradient_step(optimizers.critic, script.critic_loss(agent, last, candidates[-1])[0]))
+    assert (parts["ranking"] + parts["critic"]) / 3 == pytest.approx(found, rel=0.1)  # none for the data's own gradient
+    found = counted(lambda: script.update_base_policy(agent, optimizers, last.obs, last.actions))
+    assert parts["base"] == pytest.approx(found, rel=0.35)  # here every row has a time code of its own
+    found = counted(lambda: script.gradient_step(optimizers.edit, script.edit_policy_loss(agent, last)[0]))
+    assert parts["edit"] == pytest.approx(found, rel=0.15)
+    assert sum(parts.values()) == pytest.approx(counted(lambda: script.update(agent, optimizers, batch)), rel=0.05)
+
+
+def test_published_sizes_cost_what_the_paper_says_they_do():
+    """AntMaze: 1.5 TFLOP per environment step, more than nine tenths of it in the chain."""
+    parts = throughput.flop(expo_diffusion.Agent(29, 8, expo_diffusion.Args(num_min_critics=1)))
+    assert sum(parts.values()) == pytest.approx(1.4e12, rel=0.08)
+    assert 0.9 < parts["chain"] / sum(parts.values()) < 0.95
+
+
+@pytest.mark.parametrize("edits", [0, 4])
+def test_naive_reference_is_the_same_algorithm(script, monkeypatch, edits):
+    """With the same weights: the same Q, the same base actions from the same noise, and an update of everything."""
+    agent = make_agent(script, num_edit_samples=edits, num_critics=3, num_min_critics=3, denoising_steps=4)
+    naive = NaiveExpo(script, 3, 2, agent.args)
+    naive.base_policy.load_state_dict(agent.base_policy.state_dict())
+    with torch.no_grad():
+        for e, critic in enumerate(naive.target_critic):
+            linears = [layer for layer in critic if isinstance(layer, torch.nn.Linear)]
+            norms = [layer for layer in critic if isinstance(layer, torch.nn.LayerNorm)]
+            for mine, other in zip([*agent.target_critic.layers, agent.target_critic.output], linears, strict=True):
+                other.weight.copy_(mine.weight[e].T)
+                other.bias.copy_(mine.bias[e, 0])
+            for mine, other in zip(agent.target_critic.norms, norms, strict=True):
+                other.weight.copy_(mine.weight[e, 0])
+                other.bias.copy_(mine.bias[e, 0])
+    batch = make_batch(2, 8)
+    obs, actions = batch.obs[0], batch.actions[0]
+    assert torch.allclose(naive.minimum(obs, actions), agent.target_critic.random_min(obs, actions, 3), atol=1e-5)
+    torch.manual_seed(3)
+    expected = agent.base_policy.sample(obs)
+    torch.manual_seed(3)
+    assert torch.allclose(naive.sample(obs), expected, atol=1e-5)
+    if not edits:  # the choice too: the same noise, no edits to draw
+        torch.manual_seed(4)
+        choice = (
+            agent.on_the_fly_actions(obs)
+            if agent.target_base_policy.load_state_dict(agent.base_policy.state_dict())
+            else None
+        )
+        torch.manual_seed(4)
+        assert choice is not None and torch.allclose(naive.next_actions(obs), choice, atol=1e-5)
+    parts = [naive.base_policy, naive.target_base_policy, naive.edit_policy, naive.critic, naive.target_critic]
+    before = [[p.clone() for p in part.parameters()] for part in parts]
+    assert set(naive.update(batch)) == {"critic", "base", "edit"}
+    for part, old in zip(parts, before, strict=True):
+        assert any(not torch.equal(p, q) for p, q in zip(part.parameters(), old, strict=True))
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmark/throughput.py", "--repeats", "1", "--rows", "100", *TINY.split(), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_throughput_prints_and_writes(tmp_path: Path):
+    done = run("--naive", "--json", str(tmp_path / "out.json"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["update_s"] == json.loads(done.stdout.splitlines()[-1])["update_s"] > 0
+    assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
+    assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
+    assert min(found["limits"].values()) > 0
+
+
+def test_throughput_against_another_command_and_bad_input():
+    other = f"{sys.executable} -c \"print('noise'); print('{{\\\"update_s\\\": 1000}}')\""
+    done = run("--against", other)
+    assert done.returncode == 0 and "theirs 1000.0000 s per environment step: 0.000 of it" in done.stdout, done.stderr
+    done = run("--against", "echo nothing")
+    assert done.returncode == 1 and "printed no JSON with update_s last" in done.stderr
+    done = run("--batch-size", "0")
+    assert done.returncode == 2 and "--batch-size 0 must be at least 2" in done.stderr
+
+
+def test_soak_tells_steady_from_unsteady(tmp_path: Path):
+    def looks(memory=0, files=0.0, slower=0.0):
+        return [
+            soak.Look(10.0 * i, 9.0 * i, int(100 * i - slower * i**2), int(5e8 + memory * i), int(20 + files * i))
+            for i in range(60)
+        ]
+
+    rows = soak.sixths(looks())
+    assert len(rows) == 6 and soak.problems(rows) == []
+    assert rows[2]["steps_per_s"] == pytest.approx(10) and rows[2]["steps_per_cpu_s"] == pytest.approx(100 / 9)
+    assert rows[-1]["memory_mb"] == pytest.approx(500) and rows[-1]["step"] == 5900
+    assert "memory grew" in soak.problems(soak.sixths(looks(memory=10**6)))[0]
+    assert "open files grew" in soak.problems(soak.sixths(looks(files=0.1)))[0]
+    assert "steps per CPU second fell" in soak.problems(soak.sixths(looks(slower=0.3)))[0]
