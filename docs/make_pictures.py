@@ -4,6 +4,7 @@
 python docs/make_pictures.py                 # trains into runs/pictures/ and writes docs/images/*.png
 """
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,26 @@ from utils.evaluate import evaluate, load_agent
 from utils.pointmaze import MAPS
 from utils.tasks import make_task_env
 
-# Four moments of one and the same run: with the same seed, a shorter run is the beginning of a longer one.
+# Four moments of one and the same run: with the same seed, a shorter run is the beginning of a longer one. The last two
+# are the one before them, resumed.
 MOMENTS = {
     "200 offline updates": ["--offline-steps", "200", "--total-timesteps", "0"],
     "2,000 offline updates (step 0)": ["--total-timesteps", "0"],
-    "step 300": ["--total-timesteps", "300"],
-    "step 2,000": ["--total-timesteps", "2000"],
+    "step 300": ["--resume", "--total-timesteps", "300"],
+    "step 1,000": ["--resume", "--total-timesteps", "1000"],
 }
 BASE, EDIT, CHOSEN = "#0072B2", "#E69F00", "#D55E00"
 
 
-def train(script: Any, name: str, flags: list[str], seed: int) -> Path:
-    """Folder of a run of `script` with --save-model; made only if it is not there yet."""
+def train(script: Any, name: str, flags: list[str], seed: int, before: Path | None = None) -> Path:
+    """Folder of a run of `script` with --save-model, or of `before` made longer; made only if it is not there yet."""
     run_dir = ROOT / "runs" / "pictures" / f"{script.__name__}-seed{seed}-{name.replace(' ', '-')}"
     if not (run_dir / "agent.pt").exists():
-        words = ["--seed", str(seed), "--save-model", "--run-dir", str(run_dir), "--eval-every", "100000", *flags]
+        if flags[0] == "--resume" and before is not None:
+            shutil.copytree(before, run_dir, ignore=shutil.ignore_patterns("agent.pt"))
+            words = ["--resume", str(run_dir), *flags[1:]]
+        else:
+            words = ["--seed", str(seed), "--save-model", "--run-dir", str(run_dir), "--eval-every", "100000", *flags]
         script.main(cli.parse_args(script.Args, words))
     return run_dir
 
@@ -97,7 +103,7 @@ def paths(agent: Any, args: Any, out: Path) -> None:
     panels = [
         ("demonstrations", demonstrations, dataset.success, np.diff(dataset.episodes).mean()),
         ("imitation alone (base policy)", imitation.paths, imitation.success, imitation.lengths.mean()),
-        ("EXPO after 2,000 steps", expo.paths, expo.success, expo.lengths.mean()),
+        ("EXPO after 1,000 steps", expo.paths, expo.success, expo.lengths.mean()),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.6))
     for axis, (title, lines, success, length) in zip(axes, panels, strict=True):
@@ -142,9 +148,11 @@ def main(seed: int = 1, out: Path = ROOT / "docs" / "images") -> None:
     """
     plt.switch_backend("Agg")
     out.mkdir(parents=True, exist_ok=True)
-    runs = {moment: train(expo_diffusion, moment, flags, seed) for moment, flags in MOMENTS.items()}
+    runs: dict[str, Path] = {}
+    for moment, flags in MOMENTS.items():
+        runs[moment] = train(expo_diffusion, moment, flags, seed, before=next(reversed(runs.values()), None))
     agents = {moment: load_agent(run)[0] for moment, run in runs.items()}
-    args = load_agent(runs["step 2,000"])[1]
+    args = load_agent(runs["step 1,000"])[1]
     flow = load_agent(train(expo_flow, "step 0", ["--total-timesteps", "0"], seed))[0]
     moments = list(MOMENTS)
     demonstrations = data.load(args, make_task_env(args))
