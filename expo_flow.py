@@ -51,8 +51,6 @@ class Args:
     threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
     compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
     precision: Literal["float32", "bfloat16"] = "float32"  # of the candidates in the TD target, and of nothing else
-    compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the candidates in the TD target, and of nothing else
     run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
     capture_video: bool = False  # write a video of one episode at every evaluation

@@ -61,6 +61,14 @@ def test_definitions_sees_decorators_and_changes():
         assert definitions(source.replace(old, new))["f"] != definitions(source)["f"]
 
 
+@pytest.mark.parametrize(
+    "path", [*(ROOT / f"{script}.py" for script in SCRIPTS), *BASELINES], ids=lambda path: path.stem
+)
+def test_no_flag_is_declared_twice(path):
+    flags = re.findall(r"^    (\w+): ", definitions(path.read_text()).get("Args", ""), re.M)
+    assert len(flags) == len(set(flags)) and (len(flags) > 20 or path.stem == "__init__")
+
+
 def test_all_scripts_define_the_same_names():
     names = {script: set(definitions(source_of(script))) for script in SCRIPTS}
     assert OWN | {"Agent", "Critic", "EditPolicy", "DenoisingNetwork", "td_target", "update"} <= names[SCRIPTS[0]]
