@@ -61,9 +61,8 @@ QUICKSTART = {
     "base_expansion": 2,
     "edit_scale": 0.2,
     "init_alpha": 0.1,
-    # Value takes some 1 / tau updates to travel one action back: .005 needs a longer warm-up, and with .02 success falls
-    # deeper after the first online updates (benchmark/grids/stability.toml).
-    "tau": 0.01,
+    "tau": 0.02,  # value takes some 1 / tau updates to travel one action back; .005 needs three times the warm-up
+    "critic_lr": 1e-4,  # with 3e-4 success falls deeper after the first online updates (benchmark/grids/stability.toml)
     "ema_rate": 0.005,  # an average over 200 updates, since a run has a few thousand
 }
 
