@@ -69,7 +69,8 @@ class Run:
 
     def made(self, record: dict[str, Any]) -> bool:
         """Whether an args.json is of a run of this command, whatever the order of its flags."""
-        if any(resume.get("changed") for resume in record.get("resumes", [])):
+        changed = {flag for resume in record.get("resumes", []) for flag in resume.get("changed", ())}
+        if changed & {"total_timesteps", "eval_every", "eval_episodes", "log_every"}:
             return False
         script, *words = record.get("command") or [""]
         flags = flag_values(words)
@@ -209,7 +210,7 @@ class Work:
 
     def _do(self) -> str:
         """Does what is left of the run; returns "" or why it failed."""
-        run_dir, folder = self.run.run_dir, self._folder()
+        run_dir = self.run.run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         if run_dir.exists():
             try:
@@ -222,11 +223,10 @@ class Work:
                     return self._keep()
                 if any(run_dir.glob("checkpoint*.pt")):
                     code, said = self._start("--resume")
-                    # The script's words if it is this folder that cannot be resumed, and not a disk or a GPU.
-                    if not re.search(rf"^error: (--resume {re.escape(folder)}:|{re.escape(folder)}/)", said, re.M):
+                    # Anew only if the folder holds nothing to go on from: all else may be the machine's fault.
+                    if not re.search(r"^error: .*(no checkpoint to go on from|has lost rows)", said, re.M):
                         return self._end(code, said)
-            old = self.run.beside(".old")
-            shutil.rmtree(old, ignore_errors=True)
+            old = next(path for i in itertools.count(1) if not (path := self.run.beside(f".old{i}")).exists())
             os.replace(run_dir, old)
         return self._end(*self._start("--run-dir"))
 

@@ -28,16 +28,16 @@ def mlp(in_dim: int, width: int, layers: int, out_dim: int, norm: bool) -> nn.Se
 class NaiveExpo:
     """Networks of the sizes in `args`, with the base policy's network of `script`, and one method: `update`."""
 
-    def __init__(self, script: Any, obs_dim: int, action_dim: int, args: Any):
+    def __init__(self, script: Any, obs_dim: int, action_dim: int, args: Any, device: torch.device | str = "cpu"):
         self.args, self.action_dim = args, action_dim
-        self.base_policy = script.BasePolicy(obs_dim, action_dim, args)
+        self.base_policy = script.BasePolicy(obs_dim, action_dim, args).to(device)
         self.target_base_policy = copy.deepcopy(self.base_policy)
         width, layers = args.hidden_dim, args.hidden_layers
-        self.edit_policy = mlp(obs_dim + action_dim, width, layers, 2 * action_dim, norm=False)
+        self.edit_policy = mlp(obs_dim + action_dim, width, layers, 2 * action_dim, norm=False).to(device)
         critics = [mlp(obs_dim + action_dim, width, layers, 1, norm=True) for _ in range(args.num_critics)]
-        self.critic = nn.ModuleList(critics)
+        self.critic = nn.ModuleList(critics).to(device)
         self.target_critic = copy.deepcopy(self.critic)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha), device=device))
         self.base_optimizer = torch.optim.AdamW(self.base_policy.parameters(), args.base_lr, foreach=False)
         self.edit_optimizer = torch.optim.Adam(self.edit_policy.parameters(), args.edit_lr, foreach=False)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, foreach=False)
@@ -45,13 +45,13 @@ class NaiveExpo:
 
     def network(self, x: Tensor, obs: Tensor, time: float) -> Tensor:
         """The base policy's network with the time of every row spelled out."""
-        times = torch.full((len(x), 1), time)
+        times = torch.full((len(x), 1), time, device=x.device)
         return self.base_policy.network(x, obs, self.base_policy.network.time_code(times))
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """Base actions (n, A) for observations (n, O): K network calls on all rows, DDPM or Euler."""
-        x, steps = torch.randn(len(obs), self.action_dim), self.args.denoising_steps
+        x, steps = torch.randn(len(obs), self.action_dim, device=obs.device), self.args.denoising_steps
         if not hasattr(self.base_policy, "betas"):
             for k in range(steps):
                 x = x + self.network(x, obs, k / steps) / steps
@@ -106,6 +106,8 @@ class NaiveExpo:
         base_loss = self.base_policy.loss(obs, actions)
         self._step(self.base_optimizer, base_loss)
         self._average(self.target_base_policy, self.base_policy, args.ema_rate)
+        if not args.num_edit_samples:
+            return {"critic": critic_loss.item(), "base": base_loss.item()}
         edits, log_prob = self.edit(obs, actions)
         inputs = torch.cat([obs, (actions + edits).clamp(-1, 1)], -1)
         q = torch.stack([critic(inputs).squeeze(-1) for critic in self.critic]).mean(0)

@@ -60,8 +60,8 @@ class Curve:
         next) it was below half of the base policy's own at step 0."""
         early = self.steps <= steps
         low = self.success < self.base_success[0] / 2
-        lengths = np.diff(self.steps, append=self.steps[-1])
-        return float(self.success[early].min()), float(lengths[early & low].sum())
+        lengths = np.diff(np.minimum(self.steps, steps), append=min(self.steps[-1], steps))
+        return float(self.success[early].min()), float(lengths[low].sum())
 
 
 def read_curve(path: Path, key: str = "eval/success_rate") -> Curve:
@@ -207,7 +207,7 @@ def table(methods: dict[str, dict[int, Curve]], order: list[str], expected: dict
         cells += [number(float(np.median([c.base_success[0] for c in curves])), 2)]
         cells += [number(float(np.median([c.success[0] for c in curves])), 2)]
         cells += [median_of([c.first(*level)[0] for c in curves]) for level in LEVELS]
-        cells += [number(float(interquartile_mean(np.array([c.success[-3:].mean() for c in curves]))), 2)]
+        cells += [number(float(interquartile_mean(np.array([c.success[-5:].mean() for c in curves]))), 2)]
         cells += [number(float(np.median([area(c) for c in curves])), 2)]
         if against in methods and method != against:
             ratio, low, high = step_ratio(curves, list(methods[against].values()))

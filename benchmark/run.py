@@ -243,7 +243,7 @@ def main(
     runs = read_grid(grid, only, runs_dir.resolve(), results_dir.resolve())
     missing = [run for run in runs if not run.result_dir.exists()]
     if dry_run:
-        print("\n".join(shlex.join(run.command) for run in missing))
+        print("\n".join(shlex.join(["python", *run.command, "--run-dir", str(run.run_dir)]) for run in missing))
         return
     for run in runs:
         if run not in missing and not run.made(record_of(run.result_dir)):

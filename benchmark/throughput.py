@@ -33,7 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
 
 from benchmark.naive import NaiveExpo
-from utils import cli
+from utils import cli, compiling
 from utils.buffer import Batch, ReplayBuffer
 from utils.errors import exit_on_input_error
 from utils.tasks import make_task_env
@@ -60,12 +60,9 @@ PARTS = ("chain", "edits", "ranking", "critic", "base", "edit")
 
 def products(network: nn.Module) -> int:
     """FLOP of all matrix products of a network for one row: 2 I J a Linear; of one head where it has several."""
-    return sum(2 * p.shape[-1] * p.shape[-2] for name, p in network.named_parameters() if _is_product(name, p))
-
-
-def _is_product(name: str, parameter: torch.Tensor) -> bool:
-    # A time code is shared by all rows; the weights of a norm and the frequencies are no matrices.
-    return parameter.ndim >= 2 and parameter.shape[-2] > 1 and "time_mlp" not in name
+    # An ensemble's weight has a leading axis; a norm's has none that is called so; a time code is shared by all rows.
+    layers = [(name, layer) for name, layer in network.named_modules() if type(layer).__name__.endswith("Linear")]
+    return sum(2 * layer.weight.shape[-1] * layer.weight.shape[-2] for name, layer in layers if "time_mlp" not in name)
 
 
 def flop(agent: Any) -> dict[str, float]:
@@ -148,6 +145,8 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         terminations=torch.zeros(options.rows),
     )
     offline, online = ReplayBuffer.from_arrays(*fields, device), ReplayBuffer(1, obs_dim, action_dim, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = peak_memory(device)
     agent = script.Agent(obs_dim, action_dim, args).to(device)
     optimizers = script.make_optimizers(agent, args)
@@ -158,7 +157,10 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     begin = time.perf_counter()
     script.update(agent, optimizers, draw())
     agent.on_the_fly_actions(offline.data.obs[:1])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     first = time.perf_counter() - begin
+    td_target = compiling.compilable(script.td_target)  # in the scripts it is compiled as a part of critic_loss
 
     batch, obs = draw(), offline.data.obs[:1]
     candidates = script.next_candidates(agent, batch.next_obs)
@@ -186,7 +188,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         "update": lambda: script.update(agent, optimizers, draw()),
         "chain": chain,
         "candidates": lambda: script.next_candidates(agent, batch.next_obs),
-        "ranking": lambda: script.td_target(agent, last, candidates[-1]),
+        "ranking": lambda: td_target(agent, last, candidates[-1]),
         "critic": critic_step,
         "base": lambda: script.update_base_policy(agent, optimizers, last.obs, last.actions),
         "action": lambda: agent.on_the_fly_actions(obs),
@@ -194,7 +196,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     if args.num_edit_samples:
         functions["edit"] = edit_step
     if options.naive:
-        naive = NaiveExpo(script, obs_dim, action_dim, args)
+        naive = NaiveExpo(script, obs_dim, action_dim, args, device)
         functions["naive"] = lambda: naive.update(draw())
         functions["naive action"] = lambda: naive.next_actions(obs)
     seconds = median_times(functions, options.repeats, device)
@@ -233,12 +235,12 @@ def table(found: dict[str, Any], peak: dict[str, float], precision: str) -> str:
         seconds = update if part == "update" else found["parts_s"][part]
         work = total if part == "update" else found["parts_flop"][part]
         rate = work / seconds if seconds else 0.0
-        limit = peak[precision] if part == "chain" else peak["float32"]
+        limit = peak[precision] if part in ("chain", "edits") else peak["float32"]
         share = "" if part == "update" and precision != "float32" else f"{rate / limit:.0%}"
         cells = [f"{1e3 * seconds:,.2f}", f"{seconds / update:.0%}", f"{work / 1e9:,.2f}", f"{rate / 1e9:,.0f}", share]
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    least = found["parts_flop"]["chain"] / peak[precision]
-    least += (total - found["parts_flop"]["chain"]) / peak["float32"]
+    sampled = found["parts_flop"]["chain"] + found["parts_flop"]["edits"]
+    least = sampled / peak[precision] + (total - sampled) / peak["float32"]
     lines += ["", f"limit of its products on this machine: {1e3 * least:,.2f} ms ({least / update:.0%} reached)"]
     lines += [f"one action: {1e3 * found['action_s']:.2f} ms; first update and action: {found['first_s']:.1f} s"]
     lines += [f"memory beside {found['data_bytes'] / 1e6:,.0f} MB of data: {found['memory_bytes'] / 1e6:,.0f} MB"]
@@ -255,7 +257,9 @@ def variations(args: Any) -> dict[str, dict[str, int]]:
     for name in names:
         for factor in (0.5, 2):
             value = max(int(getattr(args, name) * factor), 1)
-            flags = {name: value, **({"num_edit_samples": value} if name == "num_base_samples" else {})}
+            flags = {name: value}
+            if name == "num_base_samples":  # and as many edits of each
+                flags["num_edit_samples"] = int(args.num_edit_samples * factor)
             found[f"{name} {value}"] = flags
     return found
 
@@ -299,11 +303,8 @@ def main() -> None:
         device = cli.setup_torch(args)
     assert env.observation_space.shape and env.action_space.shape
     dims = env.observation_space.shape[0], env.action_space.shape[0]
-    peak = limits(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{options.script}, {args.task or args.env_id}: O {dims[0]}, A {dims[1]}, on {device.type} ({name})")
-    rates = ", ".join(f"{key} {peak[key] / 1e9:,.0f} GFLOP/s" for key in ("float32", "bfloat16"))
-    print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s\n")
     if options.grid:
         print("| setting | ms per environment step | GFLOP | one action, ms |\n|---|---|---|---|")
         found: dict[str, Any] = {}
@@ -316,8 +317,12 @@ def main() -> None:
                 f"| {name} | {1e3 * found[name]['update_s']:,.1f} | {work:,.1f} | {1e3 * found[name]['action_s']:.2f} |"
             )
             args = cli.parse_args(script.Args, rest)
+        peak = limits(device)
     else:
         found = measure(script, args, *dims, options)
+        peak = limits(device)  # afterwards, since its large matrices would hide the memory that an update needs
+        rates = ", ".join(f"{key} {peak[key] / 1e9:,.0f} GFLOP/s" for key in ("float32", "bfloat16"))
+        print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s\n")
         print(table(found, peak, args.precision) + "\n")
     versions = {"torch": torch.__version__, "python": sys.version.split()[0], "cpus": os.cpu_count()}
     result = {"command": sys.argv[1:], "limits": peak, "threads": torch.get_num_threads(), **versions, **found}

@@ -207,7 +207,7 @@ def test_what_cannot_be_continued_starts_anew(tmp_path, how):
         (folder / "args.json").unlink()
     (folder / "old").touch()
     assert run_grid(grid) == (1 if how == "damaged" else 0)
-    assert not (folder / "old").exists() and (folder.with_name("seed1.old") / "old").exists()
+    assert not (folder / "old").exists() and (folder.with_name("seed1.old1") / "old").exists()
     assert "resumed after step" not in folder.with_name("seed1.log").read_text()
 
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_stays_where_it_is_if_the_machine_is_to_blame(tmp_path):
     (folder / "args.json").write_text(json.dumps(record))
     fake_grid(tmp_path, "--nogpu yes", "[1]")
     assert run_grid(grid) == 1
-    assert (folder / "checkpoint.pt").exists() and not folder.with_name("seed1.old").exists()
+    assert (folder / "checkpoint.pt").exists() and not folder.with_name("seed1.old1").exists()
     assert "finds no CUDA" in folder.with_name("seed1.failed").read_text()
 
 
@@ -248,8 +248,17 @@ def test_commands_are_the_same_if_their_flags_have_the_same_values(tmp_path):
     ):
         assert cell.made({"command": ["fake_script.py", *words, "--run-dir", "x"]}) is same
     assert not cell.made({"command": ["expo_flow.py", *flags]}) and not cell.made({})
-    changed = {"resumes": [{"changed": {"total_timesteps": 5}}]}
-    assert not cell.made({"command": ["fake_script.py", *flags], **changed})
+    for changed, same in ({"total_timesteps": 5}, False), ({"threads": 2, "device": "cuda"}, True), ({}, True):
+        assert cell.made({"command": ["fake_script.py", *flags], "resumes": [{"changed": changed}]}) is same
+
+
+def test_nothing_that_is_set_aside_is_deleted(tmp_path):
+    for number in range(1, 4):
+        grid = fake_grid(tmp_path, f"--fail {number}", "[1]")
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
+        run_grid(grid)
+        (folder_of(grid, "runs") / str(number)).touch()
+    assert [(folder_of(grid, "runs").with_name(f"seed1.old{i}") / str(i)).exists() for i in (1, 2)] == [True, True]
 
 
 def test_results_of_other_flags_are_kept_and_named(tmp_path, capsys):
@@ -418,7 +427,7 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     out = capsys.readouterr().out
     rows = {line.split(" | ")[0][2:]: line for line in out.split("\n\n")[2].splitlines()}
     assert rows["expo_flow"] == (
-        "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.97 | 0.74 | ∞ (1.50 to ∞) |"
+        "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.84 | 0.74 | ∞ (1.50 to ∞) |"
     )
     assert rows["rlpd"] == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.17 | 0.05 | 1 |"
     assert "| expo_flow | 11 | 12 | 13 | 12 | 15 |" in out

@@ -4,6 +4,7 @@ A run is started in a forked process (imports are paid once) and dies there by S
 environment step, an update, a write, a rename. So every test can be repeated, and the moment of death is known.
 """
 
+import contextlib
 import csv
 import errno
 import importlib
@@ -72,8 +73,9 @@ def start(function: Callable[[], None], log: Path) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
 
 
@@ -269,6 +271,23 @@ def test_a_signal_ends_the_step_and_saves_it(number, code, how, untouched, tmp_p
     assert resume["step"] == state["step"] and resume["changed"] == {} and resume["versions"]["torch"]
 
 
+def test_a_signal_saves_where_nobody_listens_any_more(untouched, tmp_path):
+    """As in `... | tee log`: Ctrl-C ends tee as well, and there is no one to write to."""
+    untouched(expo_diffusion)
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+
+    def act() -> None:
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(expo_diffusion, words_for(expo_diffusion, run_dir), log, at_event(106, act)) == 130
+    assert checkpoint.load_tensors(run_dir / "checkpoint.pt")["step"] % 5
+    assert run(expo_diffusion, ["--resume", str(run_dir)], log) == 0
+    assert_untouched(expo_diffusion, run_dir, untouched)
+
+
 @pytest.mark.parametrize("name", ["expo_finetune"])
 def test_a_signal_ends_an_evaluation_at_once_and_a_resume_repeats_it(name, untouched, tmp_path):
     module, run_dir, log = importlib.import_module(name), tmp_path / "run", tmp_path / "log"
@@ -434,6 +453,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, untouched, cap
     resume(copied)
     assert re.search("checkpoint.pt is damaged.*going on from checkpoint.previous.pt", capfd.readouterr().out)
     assert_untouched(expo_diffusion, copied, untouched)
+
+
+@pytest.mark.parametrize("event", [3, 5, 6, 7, 8, 9, 11])
+def test_a_death_while_a_damaged_checkpoint_is_replaced(event, copied, untouched, tmp_path):
+    """The one before is the only good one then, and must not be renamed away."""
+    untouched(expo_diffusion)
+    content = (copied / "checkpoint.pt").read_bytes()
+    (copied / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    words, log = ["--resume", str(copied)], tmp_path / "log"
+    assert run(expo_diffusion, words, log, at_event(event, kill)) == -signal.SIGKILL
+    assert run(expo_diffusion, words, log) == 0, log.read_text()
+    assert_untouched(expo_diffusion, copied, untouched)
+
+
+def test_a_folder_may_be_written_in_any_way(copied, monkeypatch):
+    monkeypatch.chdir(copied.parent)
+    for folder in (f"{copied}/", f"./{copied.name}", f"{copied.name}/"):
+        args = cli.parse_args(expo_diffusion.Args, ["--resume", folder])
+        assert Path(args.resume).resolve() == Path(args.run_dir).resolve() == copied.resolve()
 
 
 @pytest.mark.parametrize("damage", ["both cut", "both gone", "replay cut", "replay changed", "metrics cut", "foreign"])

@@ -45,8 +45,8 @@ def test_flop_against_those_that_torch_counts(script):
     assert sum(parts.values()) == pytest.approx(counted(lambda: script.update(agent, optimizers, batch)), rel=0.05)
 
 
-def test_published_sizes_cost_what_the_paper_says_they_do():
-    """AntMaze: 1.5 TFLOP per environment step, more than nine tenths of it in the chain."""
+def test_cost_of_the_published_sizes():
+    """AntMaze: 1.4 TFLOP per environment step, more than nine tenths of it in the chain."""
     parts = throughput.flop(expo_diffusion.Agent(29, 8, expo_diffusion.Args(num_min_critics=1)))
     assert sum(parts.values()) == pytest.approx(1.4e12, rel=0.08)
     assert 0.9 < parts["chain"] / sum(parts.values()) < 0.95
@@ -83,9 +83,11 @@ def test_naive_reference_is_the_same_algorithm(script, monkeypatch, edits):
         assert torch.allclose(naive.next_actions(obs), choice, atol=1e-5)
     parts = [naive.base_policy, naive.target_base_policy, naive.edit_policy, naive.critic, naive.target_critic]
     before = [[p.clone() for p in part.parameters()] for part in parts]
-    assert set(naive.update(batch)) == {"critic", "base", "edit"}
+    assert set(naive.update(batch)) == {"critic", "base", *(["edit"] if edits else [])}
     for part, old in zip(parts, before, strict=True):
-        assert any(not torch.equal(p, q) for p, q in zip(part.parameters(), old, strict=True))
+        assert (part is naive.edit_policy and not edits) or any(
+            not torch.equal(p, q) for p, q in zip(part.parameters(), old, strict=True)
+        )
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +102,7 @@ def test_throughput_prints_and_writes(tmp_path: Path):
     assert found["update_s"] == json.loads(done.stdout.splitlines()[-1])["update_s"] > 0
     assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
     assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
-    assert min(found["limits"].values()) > 0
+    assert min(found["limits"].values()) > 0 and found["memory_bytes"] > 10**6
 
 
 def test_throughput_against_another_command_and_bad_input():

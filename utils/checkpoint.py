@@ -6,6 +6,7 @@ raw float32, to which every checkpoint appends what is new. What is promised, an
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import random
@@ -33,6 +34,7 @@ from utils.logger import Logger, command, read_record, versions
 
 NAMES = ("checkpoint.pt", "checkpoint.previous.pt")  # in the order in which they are tried
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
 _received: list[int] = []  # signals that no Run has acted on yet
 
 
@@ -97,6 +99,7 @@ class Run:
         self.episode = self.episode_start = 0  # number of the running episode, and its first row in `online`
         self.replay_rows = self.replay_crc = 0  # of replay.bin
         self.saved: int | None = None  # the step of the last checkpoint
+        self.whole = False  # whether checkpoint.pt is one that this process has written or read
         self.warned = False
         self.handlers: dict[int, Any] = {}
         self.data = {"rows": offline.size, "crc32": 0}
@@ -171,13 +174,13 @@ class Run:
             wrong = [name for name, value in self.agent.named_parameters() if not value.isfinite().all()]
             raise InputError(f"step {step}: parameters are not finite ({wrong[0]}); lower the learning rates")
         q, gamma = self.logger.last_row.get("critic/q_mean"), self.args.gamma
-        if self.warned or q is None or gamma == 1:
+        if self.warned or q is None or gamma == 1 or self._adds_entropy():
             return
         rewards = [buffer.data.rewards[: buffer.size] for buffer in (self.offline, self.online) if buffer.size]
         low, high = min(float(r.min()) for r in rewards), max(float(r.max()) for r in rewards)
         least, most = min(low, 0) / (1 - gamma), max(high, 0) / (1 - gamma)
-        margin = 0.1 * (most - least)
-        if margin and not least - margin <= q <= most + margin:
+        margin = 0.1 * (most - least) + 1  # critics that have learned nothing yet answer anything near 0
+        if most > least and not least - margin <= q <= most + margin:
             self.warned = True
             tqdm.write(
                 f"warning: step {step}: critic/q_mean is {q:.3g}, but rewards from {low:g} to {high:g} sum to "
@@ -185,19 +188,25 @@ class Run:
                 "--utd-ratio, or raise --num-critics"
             )
 
+    def _adds_entropy(self) -> bool:
+        """Whether the TD target holds more than rewards."""
+        return getattr(self.args, "backup", "") == "entropy" or getattr(self.args, "backup_entropy", False)
+
     # -------------------------------------------------------------------------------------------- ends of a run
 
     def __enter__(self) -> "Run":
         _received.clear()
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]:
                 self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
         return self
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         _received.append(number)
-        signal.signal(number, self.handlers[number])  # a second one ends the process at once
-        os.write(2, b"\nstopping after this step; once more: at once\n")
+        for known, handler in self.handlers.items():  # a second one ends the process at once
+            signal.signal(known, handler)
+        with contextlib.suppress(OSError):  # nobody may be listening any more: `... | tee log`
+            os.write(2, b"\nstopping after this step; once more: at once\n")
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         try:
@@ -206,10 +215,13 @@ class Run:
             elif isinstance(error, Stopped):
                 self._save()
                 how = SIGNALS[signal.Signals(_received[0])]
-                print(f"stopped by {how} after step {self.step or 0}; go on with: {self._command()}", file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    print(
+                        f"stopped by {how} after step {self.step or 0}; go on with: {self._command()}", file=sys.stderr
+                    )
             elif isinstance(error, InputError):
                 self._fail(error)
-            elif isinstance(error, OSError):
+            elif isinstance(error, OSError) and (error.filename is not None or error.errno in DISK):
                 raise error
             else:
                 error.add_note(f"go on from step {self.saved or 0} with: {self._command()}")
@@ -246,9 +258,10 @@ class Run:
         with atomic_write(path, "check the run's folder") as temporary:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
-            if path.exists():
+            if self.whole:
                 os.replace(path, previous)
-        self.saved = self.step
+            self.whole = False
+        self.saved, self.whole = self.step, True
 
     def _state(self) -> dict[str, Any]:
         """Everything that the next step depends on; the online rows are in replay.bin before it returns."""
@@ -262,7 +275,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "cuda": torch.cuda.get_rng_state() if self.online.data.rewards.is_cuda else None,
             "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), *numpy_rest],
             "python": random.getstate(),
             "log": self.logger.state(),
@@ -295,9 +308,11 @@ class Run:
             if state["script"] != self.logger.script:
                 raise InputError(f"{self.logger.run_dir / name} is not a checkpoint of {self.logger.script}")
             count = state["replay"]["rows"]
-            if 0 <= count * width <= replay.stat().st_size:
-                with open(replay, "rb") as file:
-                    content = file.read(count * width)
+            if count == 0 or 0 < count * width <= replay.stat().st_size:
+                content = b""
+                if count:
+                    with open(replay, "rb") as file:
+                        content = file.read(count * width)
                 if zlib.crc32(content) == state["replay"]["crc32"]:
                     return state, np.frombuffer(content, np.float32).reshape(count, width // 4)
         except InputError:
@@ -323,10 +338,16 @@ class Run:
             if self.data != state["data"]:
                 raise InputError(f"--resume {folder}: the data set is not the one that run learned from")
             self._restore(state, rows)
-        except (InputError, OSError):
+        except (
+            InputError,
+            OSError,
+            torch.OutOfMemoryError,
+            torch.AcceleratorError,
+        ):  # the machine's fault, not the file's
             raise
         except Exception as error:
             raise InputError(f"{folder / name} does not fit this run ({reason(error)})") from None
+        self.whole = name == NAMES[0]
         changed = changed_flags(self.args, saved_args(type(self.args), folder))
         resume = {"step": self.step, "changed": changed, "versions": versions(), "command": command()}
         self.logger.save_record(finished=None, resumes=[*self.logger.record.get("resumes", []), resume])
@@ -362,8 +383,8 @@ class Run:
         keys, *numpy_rest = state["numpy"]
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy_rest))  # noqa: NPY002
         random.setstate(state["python"])
-        if state["cuda"] and device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if state["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu())
         torch.set_rng_state(state["torch"])
 
 

@@ -97,6 +97,7 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str
         saved = checkpoint.saved_args(cls, Path(known.resume))
         args = _read_flags(cls, saved, argv, description)
         check_ranges(args)
+        args = dataclasses.replace(args, resume=saved.resume)  # the same folder, however it was written
         checkpoint.changed_flags(args, saved)
         return args
     default: Any = cls()

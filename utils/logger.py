@@ -179,7 +179,7 @@ class Logger:
         Raises:
             InputError: a mean is not finite; the row is written first.
         """
-        tensors = {k: torch.stack(v).float().mean() for k, v in self._pending.items() if torch.is_tensor(v[0])}
+        tensors = {k: torch.stack(v).double().mean() for k, v in self._pending.items() if torch.is_tensor(v[0])}
         row = {k: sum(v) / len(v) for k, v in self._pending.items() if k not in tensors}  # pyright: ignore
         if tensors:  # one transfer from the device for all of them
             row |= dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
