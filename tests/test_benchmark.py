@@ -429,7 +429,7 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     assert rows["expo_flow"] == (
         "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.84 | 0.74 | ∞ (1.50 to ∞) |"
     )
-    assert rows["rlpd"] == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.17 | 0.05 | 1 |"
+    assert rows["rlpd"] == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.10 | 0.05 | 1 |"
     assert "| expo_flow | 11 | 12 | 13 | 12 | 15 |" in out
     assert re.search(r"^\| 10 \| 0.10 \| 0.00 \| 300", out, re.M)  # its number, not its place
     assert "MISSING maze/rlpd: seed 10" in out and "MISSING maze/expo" not in out
