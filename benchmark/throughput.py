@@ -60,9 +60,9 @@ PARTS = ("chain", "edits", "ranking", "critic", "base", "edit")
 
 def products(network: nn.Module) -> int:
     """FLOP of all matrix products of a network for one row: 2 I J a Linear; of one head where it has several."""
-    # An ensemble's weight has a leading axis; a norm's has none that is called so; a time code is shared by all rows.
-    layers = [(name, layer) for name, layer in network.named_modules() if type(layer).__name__.endswith("Linear")]
-    return sum(2 * layer.weight.shape[-1] * layer.weight.shape[-2] for name, layer in layers if "time_mlp" not in name)
+    weights = [p for name, p in network.named_parameters() if name.endswith("weight") and "norm" not in name]
+    time_code = [p for name, p in network.named_parameters() if name.endswith("weight") and "time_mlp" in name]
+    return sum(2 * p.shape[-1] * p.shape[-2] for p in weights) - sum(2 * p.numel() for p in time_code)
 
 
 def flop(agent: Any) -> dict[str, float]:

@@ -60,8 +60,8 @@ def test_naive_reference_is_the_same_algorithm(script, monkeypatch, edits):
     naive.base_policy.load_state_dict(agent.base_policy.state_dict())
     with torch.no_grad():
         for e, critic in enumerate(naive.target_critic):
-            linears = [layer for layer in critic if isinstance(layer, torch.nn.Linear)]
-            norms = [layer for layer in critic if isinstance(layer, torch.nn.LayerNorm)]
+            linears = [layer for layer in critic.children() if isinstance(layer, torch.nn.Linear)]
+            norms = [layer for layer in critic.children() if isinstance(layer, torch.nn.LayerNorm)]
             for mine, other in zip([*agent.target_critic.layers, agent.target_critic.output], linears, strict=True):
                 other.weight.copy_(mine.weight[e].T)
                 other.bias.copy_(mine.bias[e, 0])

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import tyro
@@ -97,7 +97,7 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str
         saved = checkpoint.saved_args(cls, Path(known.resume))
         args = _read_flags(cls, saved, argv, description)
         check_ranges(args)
-        args = dataclasses.replace(args, resume=saved.resume)  # the same folder, however it was written
+        args: Any = dataclasses.replace(cast(Any, args), resume=saved.resume)  # the same folder, however it was written
         checkpoint.changed_flags(args, saved)
         return args
     default: Any = cls()
