@@ -102,7 +102,7 @@ def test_throughput_prints_and_writes(tmp_path: Path):
     assert found["update_s"] == json.loads(done.stdout.splitlines()[-1])["update_s"] > 0
     assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
     assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
-    assert min(found["limits"].values()) > 0 and found["memory_bytes"] > 10**6
+    assert min(found["limits"].values()) > 0
 
 
 def test_throughput_against_another_command_and_bad_input():
