@@ -47,8 +47,8 @@ class Run:
         method: its method, with the variant behind a "+" where there are any.
         seed: its seed.
         command: the script and its flags, without the run's folder.
-        run_dir: where it works. Beside it lie its .log, why it .failed, its Slurm .job, and an .old one that could not
-            be continued.
+        run_dir: where it works. Beside it lie its .log, why it .failed, its Slurm .job, and those, .old1
+            and on, that could not be continued.
         result_dir: gets what tables and curves need, once it has ended well.
     """
 

@@ -60,9 +60,9 @@ PARTS = ("chain", "edits", "ranking", "critic", "base", "edit")
 
 def products(network: nn.Module) -> int:
     """FLOP of all matrix products of a network for one row: 2 I J a Linear; of one head where it has several."""
-    weights = [p for name, p in network.named_parameters() if name.endswith("weight") and "norm" not in name]
-    time_code = [p for name, p in network.named_parameters() if name.endswith("weight") and "time_mlp" in name]
-    return sum(2 * p.shape[-1] * p.shape[-2] for p in weights) - sum(2 * p.numel() for p in time_code)
+    named = {name: p for name, p in network.named_parameters() if name.endswith("weight")}
+    # A norm's weights are no matrix, and the time code is computed once for all rows.
+    return sum(2 * p.shape[-1] * p.shape[-2] for name, p in named.items() if not ("norm" in name or "time_mlp" in name))
 
 
 def flop(agent: Any) -> dict[str, float]:
@@ -165,14 +165,12 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     batch, obs = draw(), offline.data.obs[:1]
     candidates = script.next_candidates(agent, batch.next_obs)
     last = Batch(*(field[-1] for field in batch))
-    n = args.num_base_samples
-    rows = batch.next_obs.flatten(0, 1)
-    part = max(2048 // n, 1) if device.type == "cpu" else len(rows)
+    num_edits = args.num_edit_samples
 
     def chain() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-            for observations in rows.split(part):
-                agent.base_policy.sample(observations.unsqueeze(1).expand(-1, n, -1))
+        args.num_edit_samples = 0
+        script.next_candidates(agent, batch.next_obs)
+        args.num_edit_samples = num_edits
 
     def critic_step() -> None:
         loss, _ = script.critic_loss(agent, last, candidates[-1])
