@@ -20,6 +20,7 @@ Siblings, made to be read with `diff`: expo_diffusion.py differs in BasePolicy, 
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
 from utils.checkpoint import Run
 from utils.compiling import compilable
-from utils.evaluate import evaluate, write_video
+from utils.evaluate import Evaluation
 from utils.logger import Logger
 from utils.tasks import make_task_env
 
@@ -84,6 +85,7 @@ class Args:
     num_critics: int = 10  # E, critics of the ensemble
     num_min_critics: int = 2  # random critics whose minimum counts, in the ranking and in the target (1 on AntMaze)
     tau: float = 0.005  # Polyak rate of the target critics, per critic update
+    refresh_share: float = 1.0  # [ours 6] below 1, TD targets keep their base samples and only this share is drawn anew
     ema_rate: float = 0.001  # rate of the base policy's moving average, per base update
     # ---- networks and optimisers
     hidden_dim: int = 256  # width of critics and edit policy
@@ -281,10 +283,15 @@ class Agent(nn.Module):
 
     @compilable
     @torch.no_grad()
-    def candidate_actions(self, obs: Tensor, base_policy: BasePolicy) -> Tensor:
-        """Candidates (..., C, A) for observations (..., O): N base actions, then M edited ones."""
+    def base_actions(self, obs: Tensor, base_policy: BasePolicy) -> Tensor:
+        """N base actions (..., N, A) for observations (..., O)."""
+        return base_policy.sample(obs.unsqueeze(-2).expand(*obs.shape[:-1], self.args.num_base_samples, -1))
+
+    @compilable
+    @torch.no_grad()
+    def with_edits(self, obs: Tensor, base_actions: Tensor) -> Tensor:
+        """Candidates (..., C, A) for observations (..., O): the base actions (..., N, A), then M edited ones."""
         n, m = self.args.num_base_samples, self.args.num_edit_samples
-        base_actions = base_policy.sample(obs.unsqueeze(-2).expand(*obs.shape[:-1], n, -1))  # (..., N, A)
         if m == 0:
             return base_actions
         to_edit = base_actions[..., torch.arange(m, device=obs.device) % n, :]  # (..., M, A), every base action in turn
@@ -301,7 +308,7 @@ class Agent(nn.Module):
     @compilable
     def on_the_fly_actions(self, obs: Tensor) -> Tensor:
         """The best candidate (..., A): acts and evaluates, with the moving average of the base policy [code]."""
-        candidates = self.candidate_actions(obs, self.target_base_policy)
+        candidates = self.with_edits(obs, self.base_actions(obs, self.target_base_policy))
         return take(candidates, self.rank(obs, candidates).argmax(-1))
 
     forward = on_the_fly_actions  # agent(obs) acts
@@ -316,13 +323,32 @@ def take(candidates: Tensor, choice: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- updates
 
 
-def next_candidates(agent: Agent, next_obs: Tensor) -> Tensor:
-    """Candidates (U, B, C, A) of the TD targets, from the online base policy [code], for all critic steps at once."""
-    obs, device = next_obs.flatten(0, 1), next_obs.device.type
-    rows = max(2048 // agent.args.num_base_samples, 1) if device == "cpu" else len(obs)  # what a CPU's cache can hold
-    with torch.autocast(device, torch.bfloat16, enabled=agent.args.precision == "bfloat16"):
-        parts = [agent.candidate_actions(part, agent.base_policy) for part in obs.split(rows)]
-    return torch.cat(parts).float().unflatten(0, next_obs.shape[:2])
+def in_parts(agent: Agent, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs) on rows (n, ...), as many at a time as a CPU's cache can hold, in the --precision asked for."""
+    device, precision = inputs[0].device.type, agent.args.precision
+    rows = max(2048 // agent.args.num_base_samples, 1) if device == "cpu" else len(inputs[0])
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        return torch.cat([function(*part) for part in zip(*(x.split(rows) for x in inputs), strict=True)]).float()
+
+
+def sample_next(agent: Agent, next_obs: Tensor) -> Tensor:
+    """Base actions (n, N, A) of TD targets at next_obs (n, O), from the online base policy [code]."""
+    return in_parts(agent, lambda obs: agent.base_actions(obs, agent.base_policy), next_obs)
+
+
+def refresh(agent: Agent, offline: ReplayBuffer, online: ReplayBuffer, offline_ratio: float, draws: int) -> None:
+    """Before `draws` rows are drawn: a --refresh-share as many, in rotation, get new base actions to keep [ours 6]."""
+    for buffer, ratio in ((offline, offline_ratio), (online, 1 - offline_ratio)):
+        rows = buffer.next_turns(math.ceil(agent.args.refresh_share * ratio * draws))  # none if none are kept
+        if len(rows):
+            buffer.data.next_base_actions[rows] = sample_next(agent, buffer.data.next_obs[rows])
+
+
+def next_candidates(agent: Agent, batch: Batch) -> Tensor:
+    """Candidates (U, B, C, A) of the TD targets, for all critic steps at once."""
+    obs, kept = batch.next_obs.flatten(0, 1), batch.next_base_actions.flatten(0, 1)
+    base_actions = kept if kept.shape[-2] else sample_next(agent, obs)
+    return in_parts(agent, agent.with_edits, obs, base_actions).unflatten(0, batch.next_obs.shape[:2])
 
 
 @torch.no_grad()
@@ -415,7 +441,7 @@ def update_base_policy(agent: Agent, optimizers: Optimizers, obs: Tensor, action
 
 def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tensor]:
     """U critic steps on the slices of a batch (U, B, ...), then one step of each policy on the last slice [code]."""
-    candidates = next_candidates(agent, batch.next_obs)  # base and edit policy stand still while the critics learn
+    candidates = next_candidates(agent, batch)  # base and edit policy stand still while the critics learn
     info: dict[str, Tensor] = {}
     for u in range(len(candidates)):
         last = Batch(*(field[u] for field in batch))
@@ -449,58 +475,43 @@ def main(args: Args) -> None:
     env = make_task_env(args)
     dataset = data.load(args, env)
     obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
-    eval_envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
-    video_env = make_task_env(args, render=True) if args.capture_video else None
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(agent, args)
-    rewards = args.reward_scale * dataset.rewards + args.reward_shift
-    offline = ReplayBuffer.from_arrays(
-        dataset.obs, dataset.actions, rewards, dataset.next_obs, dataset.terminations, device
-    )
-    online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
+    dataset.rewards = args.reward_scale * dataset.rewards + args.reward_shift
+    kept = args.num_base_samples if args.refresh_share < 1 else 0  # beside every transition
+    offline = ReplayBuffer.from_dataset(dataset, device, kept)
+    online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device, kept)
     logger = Logger(args, script="expo_flow")
+    evaluation = Evaluation(args, logger, device)  # of what acts, and of the base policy alone
 
-    def run_evaluation(step: int) -> None:
-        """Logs return and success of the on-the-fly policy and of the base policy alone."""
-        seed = args.seed + 1_000_000
-        metrics = evaluate(agent.on_the_fly_actions, eval_envs, args.eval_episodes, seed, device).metrics("eval/")
-        base = evaluate(agent.target_base_policy.sample, eval_envs, args.eval_episodes, seed, device)
-        if video_env is not None:
-            video = evaluate(agent.on_the_fly_actions, [video_env], 1, seed, device, record=True)
-            write_video(logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
-        logger.write_evaluation(step, metrics | base.metrics("eval/base_"))
-
-    with Run(args, logger, agent, optimizers, offline, online) as run:  # saves, guards, resumes
+    with Run(args, logger, agent, optimizers, offline, online) as run:  # logs, saves, guards, resumes
         # The same update on offline rows alone, before the first environment step [ours 3]. Logged at steps below 0.
-        for step in run.steps(range(-args.offline_steps, 0), "offline", "update"):
+        for _ in run.steps(range(-args.offline_steps, 0), "offline", "update"):
+            refresh(agent, offline, online, 1.0, args.batch_size)
             logger.add(update(agent, optimizers, draw_batch(offline, online, 1.0, 1, args.batch_size)))
-            if step % args.log_every == 0:
-                logger.write(step)
 
         obs, episodic_return = run.first_obs(env)
         for step in run.steps(range(1, args.total_timesteps + 1), "online", "step"):
             if (step - 1) % args.eval_every == 0:  # before acting, so that a run stopped in here has lost nothing
-                run_evaluation(step - 1)
+                evaluation.run(step - 1, agent.on_the_fly_actions, agent.target_base_policy.sample)
             if step <= args.learning_starts:
                 action = 2 * torch.rand(action_dim) - 1
             else:
                 action = agent.on_the_fly_actions(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
             next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
             online.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
-            obs = next_obs
-            episodic_return += float(reward)
+            obs, episodic_return = next_obs, episodic_return + float(reward)
             if terminated or truncated:  # only the former is stored as an end [ours 4]
                 logger.add({"charts/episodic_return": episodic_return})
                 obs, episodic_return = run.next_obs(env), 0.0
 
             if step > args.learning_starts:
+                refresh(agent, offline, online, args.offline_ratio, args.utd_ratio * args.batch_size)
                 batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
                 logger.add(update(agent, optimizers, batch))
-            if step % args.log_every == 0:
-                logger.write(step)
-        run_evaluation(args.total_timesteps)
+        evaluation.run(args.total_timesteps, agent.on_the_fly_actions, agent.target_base_policy.sample)
         if args.save_model:
             logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
 

@@ -36,7 +36,7 @@ from utils import cli, data
 from utils.buffer import Batch, ReplayBuffer
 from utils.checkpoint import Run
 from utils.compiling import compilable
-from utils.evaluate import evaluate, write_video
+from utils.evaluate import Evaluation
 from utils.logger import Logger
 from utils.tasks import make_task_env
 
@@ -391,47 +391,32 @@ def main(args: Args) -> None:
     env = make_task_env(args)
     dataset = data.load(args, env)
     obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
-    eval_envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
-    video_env = make_task_env(args, render=True) if args.capture_video else None
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
     optimizers = make_dql_optimizers(agent, args)
-    rewards = args.reward_scale * dataset.rewards + args.reward_shift
-    offline = ReplayBuffer.from_arrays(
-        dataset.obs, dataset.actions, rewards, dataset.next_obs, dataset.terminations, device
-    )
+    dataset.rewards = args.reward_scale * dataset.rewards + args.reward_shift
+    offline = ReplayBuffer.from_dataset(dataset, device)
     online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
     logger = Logger(args, script="baselines.diffusion_ql")
+    evaluation = Evaluation(args, logger, device)  # of what acts
 
-    def run_evaluation(step: int) -> None:
-        """Logs return and success of the acting policy."""
-        seed = args.seed + 1_000_000
-        metrics = evaluate(agent, eval_envs, args.eval_episodes, seed, device).metrics("eval/")
-        if video_env is not None:
-            video = evaluate(agent, [video_env], 1, seed, device, record=True)
-            write_video(logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
-        logger.write_evaluation(step, metrics)
-
-    with Run(args, logger, agent, optimizers, offline, online) as run:  # saves, guards, resumes
+    with Run(args, logger, agent, optimizers, offline, online) as run:  # logs, saves, guards, resumes
         # The same update on offline rows alone, before the first environment step. Logged at steps below 0.
-        for step in run.steps(range(-args.offline_steps, 0), "offline", "update"):
+        for _ in run.steps(range(-args.offline_steps, 0), "offline", "update"):
             logger.add(dql_update(agent, optimizers, draw_batch(offline, online, 1.0, 1, args.batch_size)))
-            if step % args.log_every == 0:
-                logger.write(step)
 
         obs, episodic_return = run.first_obs(env)
         for step in run.steps(range(1, args.total_timesteps + 1), "online", "step"):
             if (step - 1) % args.eval_every == 0:  # before acting, so that a run stopped in here has lost nothing
-                run_evaluation(step - 1)
+                evaluation.run(step - 1, agent)
             if step <= args.learning_starts:
                 action = 2 * torch.rand(action_dim) - 1
             else:
                 action = agent(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
             next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
             online.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
-            obs = next_obs
-            episodic_return += float(reward)
+            obs, episodic_return = next_obs, episodic_return + float(reward)
             if terminated or truncated:
                 logger.add({"charts/episodic_return": episodic_return})
                 obs, episodic_return = run.next_obs(env), 0.0
@@ -439,9 +424,7 @@ def main(args: Args) -> None:
             if step > args.learning_starts:
                 batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
                 logger.add(dql_update(agent, optimizers, batch))
-            if step % args.log_every == 0:
-                logger.write(step)
-        run_evaluation(args.total_timesteps)
+        evaluation.run(args.total_timesteps, agent)
         if args.save_model:
             logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 from benchmark.naive import NaiveExpo
 from utils import cli, compiling
 from utils.buffer import Batch, ReplayBuffer
+from utils.data import Dataset
 from utils.errors import exit_on_input_error
 from utils.tasks import make_task_env
 
@@ -73,7 +75,7 @@ def flop(agent: Any) -> dict[str, float]:
     base -= 2 * args.base_hidden_dim**2  # the first layer's share for the time code, one product for all rows
     heads, batch = args.num_min_critics, args.batch_size
     return {
-        "chain": rows * n * args.denoising_steps * base,
+        "chain": args.refresh_share * rows * n * args.denoising_steps * base,
         "edits": rows * m * edit,
         "ranking": rows * (n + m + 1) * heads * head,
         "critic": rows * args.num_critics * 3 * head,
@@ -137,14 +139,19 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     """All figures of one setting."""
     device = cli.setup_torch(args)
     torch.manual_seed(args.seed)
-    fields = Batch(
-        obs=torch.randn(options.rows, obs_dim),
-        actions=torch.rand(options.rows, action_dim) * 2 - 1,
-        rewards=torch.randn(options.rows),
-        next_obs=torch.randn(options.rows, obs_dim),
-        terminations=torch.zeros(options.rows),
+    n, rng = options.rows, np.random.default_rng(0)
+    dataset = Dataset(
+        obs=rng.normal(size=(n, obs_dim)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        rewards=rng.normal(size=n).astype(np.float32),
+        next_obs=rng.normal(size=(n, obs_dim)).astype(np.float32),
+        terminations=np.zeros(n, np.float32),
+        episodes=np.array([[0, n]]),
     )
-    offline, online = ReplayBuffer.from_arrays(*fields, device), ReplayBuffer(1, obs_dim, action_dim, device)
+    kept = args.num_base_samples if args.refresh_share < 1 else 0
+    offline = ReplayBuffer.from_dataset(dataset, device, kept)
+    offline.unsampled = []  # zeros do as well here: filling them is no part of an update
+    online = ReplayBuffer(1, obs_dim, action_dim, device, kept)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = peak_memory(device)
@@ -152,6 +159,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     optimizers = script.make_optimizers(agent, args)
 
     def draw() -> Batch:
+        script.refresh(agent, offline, online, 1.0, args.utd_ratio * args.batch_size)
         return script.draw_batch(offline, online, 1.0, args.utd_ratio, args.batch_size)
 
     begin = time.perf_counter()
@@ -163,14 +171,16 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     td_target = compiling.compilable(script.td_target)  # in the scripts it is compiled as a part of critic_loss
 
     batch, obs = draw(), offline.data.obs[:1]
-    candidates = script.next_candidates(agent, batch.next_obs)
+    candidates = script.next_candidates(agent, batch)
     last = Batch(*(field[-1] for field in batch))
-    num_edits = args.num_edit_samples
+    sampled = script.sample_next(agent, batch.next_obs.flatten(0, 1)).unflatten(0, batch.next_obs.shape[:2])
+    with_samples = batch._replace(next_base_actions=sampled)
 
     def chain() -> None:
-        args.num_edit_samples = 0
-        script.next_candidates(agent, batch.next_obs)
-        args.num_edit_samples = num_edits
+        if kept:
+            script.refresh(agent, offline, online, 1.0, args.utd_ratio * args.batch_size)
+        else:
+            script.sample_next(agent, batch.next_obs.flatten(0, 1))
 
     def critic_step() -> None:
         loss, _ = script.critic_loss(agent, last, candidates[-1])
@@ -185,7 +195,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     functions: dict[str, Callable[[], Any]] = {
         "update": lambda: script.update(agent, optimizers, draw()),
         "chain": chain,
-        "candidates": lambda: script.next_candidates(agent, batch.next_obs),
+        "edits": lambda: script.next_candidates(agent, with_samples),
         "ranking": lambda: td_target(agent, last, candidates[-1]),
         "critic": critic_step,
         "base": lambda: script.update_base_policy(agent, optimizers, last.obs, last.actions),
@@ -202,7 +212,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     steps = args.utd_ratio
     parts = {
         "chain": seconds["chain"],
-        "edits": max(seconds["candidates"] - seconds["chain"], 0.0),
+        "edits": seconds["edits"] if args.num_edit_samples else 0.0,
         "ranking": seconds["ranking"] * steps,
         "critic": max(seconds["critic"] - seconds["ranking"], 0.0) * steps,
         "base": seconds["base"],

@@ -75,7 +75,8 @@ def landscape(agents: dict[str, Any], obs: np.ndarray, out: Path) -> None:
         q = agent.target_critic(state.expand(len(grid), -1), grid).amin(0).reshape(81, 81)
         picture = axis.contourf(ticks, ticks, q, levels=20, cmap="Greys_r", alpha=0.8)
         figure.colorbar(picture, ax=axis, fraction=0.046, pad=0.03)
-        candidates = agent.candidate_actions(state.unsqueeze(0), agent.target_base_policy)
+        base_actions = agent.base_actions(state.unsqueeze(0), agent.target_base_policy)
+        candidates = agent.with_edits(state.unsqueeze(0), base_actions)
         best = int(agent.rank(state.unsqueeze(0), candidates).argmax())
         base, edited = candidates[0].split([agent.args.num_base_samples, agent.args.num_edit_samples])
         for start, end in zip(base.tolist(), edited.tolist(), strict=True):

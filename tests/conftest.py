@@ -78,6 +78,11 @@ def make_agent(script: Any, obs_dim: int = 3, action_dim: int = 2, **flags: Any)
     return agent
 
 
+def candidate_actions(agent: Any, obs: Tensor, base_policy: Any) -> Tensor:
+    """Candidates (..., C, A): fresh base samples and their edits."""
+    return agent.with_edits(obs, agent.base_actions(obs, base_policy))
+
+
 def make_batch(*shape: int, obs_dim: int = 3, action_dim: int = 2) -> Batch:
     """Random transitions, a third of them terminal."""
     return Batch(
@@ -86,6 +91,7 @@ def make_batch(*shape: int, obs_dim: int = 3, action_dim: int = 2) -> Batch:
         rewards=torch.randn(*shape),
         next_obs=torch.randn(*shape, obs_dim),
         terminations=(torch.rand(*shape) < 1 / 3).float(),
+        next_base_actions=torch.zeros(*shape, 0, action_dim),
     )
 
 

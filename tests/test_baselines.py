@@ -54,6 +54,7 @@ def make_batch(*shape):
         torch.randn(*shape),
         torch.randn(*shape, OBS_DIM),
         (torch.rand(*shape) < 0.3).float(),
+        torch.zeros(*shape, 0, ACTION_DIM),
     )
 
 

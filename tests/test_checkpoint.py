@@ -52,7 +52,8 @@ SMALL |= {
 
 
 def words_for(module: Any, run_dir: Path, **flags: Any) -> list[str]:
-    return flags_of(module, {**SMALL, "run_dir": run_dir, **flags})
+    kept = {"refresh_share": 0.3} if module.__name__ == "expo_flow" else {}  # one of them keeps its base samples
+    return flags_of(module, {**SMALL, "run_dir": run_dir, **kept, **flags})
 
 
 def start(function: Callable[[], None], log: Path) -> int:
@@ -61,6 +62,7 @@ def start(function: Callable[[], None], log: Path) -> int:
     if pid:
         return pid
     code = 99
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit "ignore"
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)

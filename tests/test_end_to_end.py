@@ -192,8 +192,8 @@ def test_offline_rows_get_the_same_reward_scale_and_shift(script, monkeypatch, t
 
     class Recorded(ReplayBuffer):
         @classmethod
-        def from_arrays(cls, *args):
-            made.append(super().from_arrays(*args))
+        def from_dataset(cls, *args):
+            made.append(super().from_dataset(*args))
             return made[-1]
 
     monkeypatch.setattr(script, "ReplayBuffer", Recorded)

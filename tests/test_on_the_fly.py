@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_agent, table_critic
+from conftest import candidate_actions, make_agent, table_critic
 from torch import Tensor
 
 # N base samples and M edits: equal, fewer edits, more edits, one each, one base sample, no edits.
@@ -38,7 +38,7 @@ def test_candidates_are_base_actions_then_their_edits(script, n, m, shape):
         return seen["edits"], None
 
     agent.base_policy.sample, agent.edit_policy.forward = sample, edit
-    candidates = agent.candidate_actions(obs, agent.base_policy)
+    candidates = candidate_actions(agent, obs, agent.base_policy)
     assert candidates.shape == (*lead, n + m, 2)
     for index in itertools.product(*map(range, lead)):
         for i in range(n):
@@ -53,7 +53,7 @@ def test_candidates_are_base_actions_then_their_edits(script, n, m, shape):
 
 def test_candidates_of_the_real_networks_differ_and_obey_the_edit_bound(script):
     agent = make_agent(script, num_base_samples=3, num_edit_samples=6, edit_scale=0.1)
-    candidates = agent.candidate_actions(torch.randn(50, 3), agent.base_policy)
+    candidates = candidate_actions(agent, torch.randn(50, 3), agent.base_policy)
     base, edited = candidates[:, :3], candidates[:, 3:]
     assert ((edited - base.repeat(1, 2, 1)).abs() <= 0.1 + 1e-6).all()
     assert (edited != base.repeat(1, 2, 1)).any(-1).float().mean() > 0.5

@@ -1,16 +1,23 @@
-"""--compile and --precision change speed, not results; candidates sampled in parts are those sampled at once."""
+"""--compile and --precision change speed, not results; candidates in parts are those at once; --refresh-share keeps."""
 
 import importlib
 import shutil
 
 import pytest
 import torch
-from conftest import SCRIPTS, make_agent, make_args, make_batch
+from conftest import SCRIPTS, make_agent, make_args, make_batch, tiny_run_args
 
-from utils import compiling
+from utils import compiling, data
+from utils.buffer import ReplayBuffer
 from utils.errors import InputError
+from utils.tasks import make_task_env
 
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
+
+
+def next_batch(next_obs):
+    """A batch with these next observations."""
+    return make_batch(*next_obs.shape[:-1])._replace(next_obs=next_obs)
 
 
 @pytest.mark.parametrize("num_base_samples", [1, 3, 2000, 3000])
@@ -25,7 +32,7 @@ def test_candidates_of_all_slices_in_their_places(script, monkeypatch, num_base_
 
     monkeypatch.setattr(agent.base_policy, "sample", sample)
     next_obs = torch.randn(3, 700 if num_base_samples < 10 else 2, 3)
-    candidates = script.next_candidates(agent, next_obs)
+    candidates = script.next_candidates(agent, next_batch(next_obs))
     assert torch.equal(candidates, next_obs[..., None, :2].expand(-1, -1, num_base_samples, -1))
     assert max(rows) <= max(2048, num_base_samples) and sum(rows) == next_obs.shape[:-1].numel() * num_base_samples
 
@@ -40,7 +47,7 @@ def test_bfloat16_is_for_the_candidates_only(script, monkeypatch):
         block = agent.base_policy.network.output
         block.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
         torch.manual_seed(1)
-        candidates[precision] = script.next_candidates(agent, next_obs)
+        candidates[precision] = script.next_candidates(agent, next_batch(next_obs))
     assert set(seen[:3]) == {torch.float32} and set(seen[3:]) == {torch.bfloat16}
     assert candidates["bfloat16"].dtype == torch.float32
     difference = (candidates["bfloat16"] - candidates["float32"]).abs().mean()
@@ -94,3 +101,84 @@ def test_compiled_and_eager_agree(name):
     for (key, eager), value in zip(agents[0].state_dict().items(), agents[1].state_dict().values(), strict=True):
         assert torch.allclose(eager, value, rtol=1e-4, atol=1e-5), key
     assert torch.allclose(*actions, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- kept samples
+
+
+def kept_buffers(rows: int, agent) -> list[ReplayBuffer]:
+    """Two buffers whose row i has the next observation ((mark + i) / 1000, 0, 0)."""
+    buffers = []
+    for mark in (0, 1000):
+        buffer = ReplayBuffer(rows, 3, 2, num_kept=agent.args.num_base_samples)
+        for row in range(rows):
+            buffer.add(torch.zeros(3), torch.zeros(2), 0.0, [(mark + row) / 1000, 0, 0], terminated=False)
+        buffers.append(buffer)
+    return buffers
+
+
+def test_refresh_draws_a_share_of_the_kept_samples_anew(script, monkeypatch):
+    """A base policy that answers with the observation and the number of the call shows what was drawn, and when."""
+    agent = make_agent(script, refresh_share=0.25, num_base_samples=3)
+    calls = 0
+
+    def sample(obs):
+        return torch.stack([obs[..., 0], torch.full(obs.shape[:-1], float(calls))], dim=-1)
+
+    monkeypatch.setattr(agent.base_policy, "sample", sample)
+    monkeypatch.setattr(agent.target_base_policy, "sample", lambda obs: pytest.fail("the moving average was sampled"))
+    offline, online = kept_buffers(20, agent)
+    script.refresh(agent, offline, online, 0.75, 16)  # all rows: none had any
+    for buffer in (offline, online):
+        kept = buffer.data.next_base_actions
+        assert torch.equal(kept[..., 0], buffer.data.next_obs[:, :1].expand(-1, 3)) and kept[..., 1].eq(0).all()
+    calls = 1
+    script.refresh(agent, offline, online, 0.75, 16)  # a quarter of 16 rows: 3 offline, 1 online
+    assert offline.data.next_base_actions[:, :, 1].sum(0).tolist() == [3, 3, 3]
+    assert online.data.next_base_actions[:, :, 1].sum(0).tolist() == [1, 1, 1]
+    calls = 2
+    script.refresh(agent, offline, online, 1.0, 16)  # the online buffer is not drawn from
+    assert offline.data.next_base_actions[:, 0, 1].tolist() == [1] * 3 + [2] * 4 + [0] * 13
+    assert online.data.next_base_actions[:, 0, 1].sum() == 1
+
+
+def test_candidates_are_the_kept_samples_and_fresh_edits_of_them(script, monkeypatch):
+    agent = make_agent(script, refresh_share=0.25, num_base_samples=3, num_edit_samples=6, edit_scale=0.1)
+    offline, online = kept_buffers(20, agent)
+    for buffer in (offline, online):
+        buffer.data.next_base_actions.copy_(0.8 * torch.rand(20, 3, 2))
+    monkeypatch.setattr(agent.base_policy, "sample", lambda obs: pytest.fail("the chain was run"))
+    batch = script.draw_batch(offline, online, 0.5, 2, 8)
+    first, second = script.next_candidates(agent, batch), script.next_candidates(agent, batch)
+    assert first.shape == (2, 8, 9, 2)
+    for u in range(2):
+        for b in range(8):
+            mark = round(1000 * float(batch.next_obs[u, b, 0]))
+            kept = (online if mark >= 1000 else offline).data.next_base_actions[mark % 1000]
+            assert torch.equal(first[u, b, :3], kept)
+    assert ((first[:, :, 3:] - first[:, :, :3].repeat(1, 1, 2, 1)).abs() <= 0.1 + 1e-6).all()
+    assert (first[:, :, 3:] != second[:, :, 3:]).float().mean() > 0.9
+
+
+def test_a_share_of_one_keeps_nothing(script):
+    agent = make_agent(script)
+    offline, online = (ReplayBuffer(5, 3, 2) for _ in range(2))
+    script.refresh(agent, offline, online, 0.5, 8)
+    assert offline.data.next_base_actions.numel() == 0
+
+
+def test_a_run_with_kept_samples_runs_a_share_of_the_chain(script, monkeypatch, tmp_path):
+    """Rows that go through the chain for TD targets: every row once, then the share."""
+    rows, sample_next = [], script.sample_next
+
+    def spy(agent, next_obs):
+        rows.append(len(next_obs))
+        return sample_next(agent, next_obs)
+
+    monkeypatch.setattr(script, "sample_next", spy)
+    flags = {"refresh_share": 0.25, "offline_steps": 2, "total_timesteps": 12, "learning_starts": 4}
+    script.main(tiny_run_args(script, tmp_path / "run", utd_ratio=2, batch_size=16, **flags))
+    args = tiny_run_args(script, tmp_path / "run")
+    num_offline = len(data.load_specs(args.dataset, make_task_env(args)))
+    # offline: all, then 16 / 4 rows; online from step 5: 32 / 8 of each buffer, at first the five new rows
+    assert rows == [num_offline, 4] + [4, 5] + [4, 4] * 7

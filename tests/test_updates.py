@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import fork, make_agent, make_args, make_batch, same, snapshot, table_critic
+from conftest import candidate_actions, fork, make_agent, make_args, make_batch, same, snapshot, table_critic
 
 from utils.buffer import Batch, ReplayBuffer
 from utils.data import from_d4rl_arrays
@@ -50,7 +50,7 @@ def test_td_target_of_offline_rows_by_hand(script):
         "timeouts": np.array([0, 0, 1, 0]),
     }
     rows = from_d4rl_arrays(arrays, "hand-made")
-    offline = ReplayBuffer.from_arrays(rows.obs, rows.actions, rows.rewards, rows.next_obs, rows.terminations)
+    offline = ReplayBuffer.from_dataset(rows)
     candidates = torch.tensor([[[-1.0], [0.5], [1.0]]]).expand(4, 3, 1)
     target_q, _ = script.td_target(hand_worked_agent(script), offline.data, candidates)
     assert target_q.tolist() == [2, 1, 4.25, 2]
@@ -182,7 +182,7 @@ def test_edit_policy_loss_trains_with_dropout(script):
     agent.edit_policy.forward = spy
     script.edit_policy_loss(agent, batch)
     agent.on_the_fly_actions(batch.obs)
-    agent.candidate_actions(batch.next_obs, agent.base_policy)
+    candidate_actions(agent, batch.next_obs, agent.base_policy)
     assert seen == [True, False, False]
 
 
@@ -454,7 +454,7 @@ def test_critic_and_edit_steps_leave_the_base_policy_bit_for_bit(script):
     agent, batch = make_agent(script), make_batch(8)
     optimizers = script.make_optimizers(agent, agent.args)
     before = snapshot(agent.base_policy), snapshot(agent.target_base_policy)
-    candidates = agent.candidate_actions(batch.next_obs, agent.base_policy)
+    candidates = candidate_actions(agent, batch.next_obs, agent.base_policy)
     critic_loss, _ = script.critic_loss(agent, batch, candidates)
     edit_loss, info = script.edit_policy_loss(agent, batch)
     for loss in (critic_loss, edit_loss, script.alpha_loss(agent, info["edit/entropy"])):
@@ -502,7 +502,7 @@ def test_edit_step_moves_the_edit_policy_only(script):
 def test_edit_steps_within_updates_do_not_leak_into_the_critic(script):
     """Without edited candidates in the backup's way, whether the edit policy learns makes no difference to Q."""
     agent = make_agent(script)
-    agent.candidate_actions = lambda obs, base_policy: obs[..., None, :2].tanh().expand(*obs.shape[:-1], 8, 2)
+    agent.with_edits = lambda obs, base_actions: obs[..., None, :2].tanh().expand(*obs.shape[:-1], 8, 2)
     fast, still = updated(script, agent, edit_lr=0.1, alpha_lr=0.1), updated(script, agent, edit_lr=0.0, alpha_lr=0.0)
     assert not same(fast.edit_policy, snapshot(still.edit_policy))
     assert same(fast.critic, snapshot(still.critic)) and same(fast.target_critic, snapshot(still.target_critic))

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -57,14 +58,48 @@ def test_buffer_samples_stored_rows_only_and_uniformly():
     assert torch.equal(batch.obs.squeeze(-1), batch.rewards) and torch.equal(batch.next_obs, batch.actions)
 
 
-def test_buffer_from_arrays_holds_them_all():
+def test_buffer_from_dataset_holds_it_all():
     rng = np.random.default_rng(0)
     arrays: list[Any] = [rng.normal(size=shape) for shape in ((7, 3), (7, 2), (7,), (7, 3), (7,))]
-    replay = ReplayBuffer.from_arrays(*arrays)
+    replay = ReplayBuffer.from_dataset(data.Dataset(*arrays, episodes=np.array([[0, 7]])))
     assert replay.size == replay.capacity == 7
-    for stored, array in zip(replay.data, arrays, strict=True):
+    for stored, array in zip(replay.rows, arrays, strict=True):
         assert stored.dtype == torch.float32
         np.testing.assert_array_equal(stored.numpy(), array.astype(np.float32))
+    assert replay.data.next_base_actions.shape == (7, 0, 2) and len(replay.next_turns(5)) == 0
+
+
+def test_buffer_kept_samples_take_turns():
+    """Every row gets its first samples before it is drawn, and new ones at least once in size / count draws."""
+    replay, drawn = ReplayBuffer(40, 1, 1, num_kept=2), {}
+    for draw in range(100):
+        added = {replay.position + i for i in range(draw % 3 if replay.size < 38 else 0)}
+        for _ in added:
+            replay.add([0], [0], 0.0, [0], terminated=False)
+        turns = replay.next_turns(3).tolist()
+        assert added <= set(turns) and len(turns) <= max(3, len(added))
+        drawn |= dict.fromkeys(turns, draw)
+        assert set(drawn) == set(range(replay.size))
+        if draw > 60:
+            assert draw - min(drawn.values()) <= math.ceil(replay.size / 3)
+    assert len(replay.next_turns(0)) == 0
+
+
+def test_buffer_kept_samples_of_new_rows_come_first():
+    obs, scalars = np.zeros((6, 1)), np.zeros(6)
+    dataset = data.Dataset(obs, obs, scalars, obs, scalars, episodes=np.array([[0, 6]]))
+    assert ReplayBuffer.from_dataset(dataset, num_kept=2).next_turns(2).tolist() == list(range(6))
+    replay = ReplayBuffer(4, 1, 1, num_kept=2)
+    for _ in range(4):
+        replay.add([0], [0], 0.0, [0], terminated=False)
+    assert replay.next_turns(1).tolist() == [0, 1, 2, 3] and replay.next_turns(3).tolist() == [0, 1, 2]
+    replay.add([0], [0], 0.0, [0], terminated=False)  # overwrites row 0
+    assert replay.next_turns(2).tolist() == [0, 3]
+    replay.add([0], [0], 0.0, [0], terminated=False)
+    other = ReplayBuffer(4, 1, 1, num_kept=2)
+    other.size = 4
+    other.restore_kept(replay.kept())
+    assert other.next_turns(2).tolist() == replay.next_turns(2).tolist() == [1, 0]
 
 
 # ------------------------------------------------------------------------------------------------------- logger

@@ -103,7 +103,7 @@ class Run:
         self.warned = False
         self.handlers: dict[int, Any] = {}
         self.data = {"rows": offline.size, "crc32": 0}
-        for field in offline.data:
+        for field in offline.rows:
             self.data["crc32"] = zlib.crc32(field.cpu().contiguous().numpy(), self.data["crc32"])
         random.seed(args.seed)  # of an environment that uses them; nothing here does
         np.random.seed(args.seed)  # noqa: NPY002
@@ -119,12 +119,14 @@ class Run:
     # ------------------------------------------------------------------------------------------------- the loop
 
     def steps(self, steps: range, desc: str, unit: str) -> Iterator[int]:
-        """Those of `steps` that are not done yet, with a progress bar; after each, guards and, if due, a checkpoint."""
+        """Those of `steps` that are not done yet, with a progress bar; after each: log, guards, checkpoint."""
         first = steps.start if self.step is None else min(max(steps.start, self.step + 1), steps.stop)
         bar = {"desc": desc, "unit": unit, "initial": first - steps.start, "total": len(steps), "disable": None}
         for step in tqdm(range(first, steps.stop), **bar):
             self.now = step
             yield step
+            if step % self.args.log_every == 0:
+                self.logger.write(step)
             due = (self.args.checkpoint_every and step % self.args.checkpoint_every == 0) or step == steps[-1]
             self.logger.check(step)
             if due or step % self.args.log_every == 0:
@@ -142,7 +144,7 @@ class Run:
         """
         obs, episodic_return = self._reset(env), 0.0
         for row in range(self.episode_start, self.online.size):
-            stored = [field[row].cpu().numpy() for field in self.online.data]
+            stored = [field[row].cpu().numpy() for field in self.online.rows]
             same = np.array_equal(obs, stored[0])
             obs, reward, *ends, _ = env.step(stored[1])
             if not same or any(ends) or not np.array_equal(obs, stored[3]):
@@ -281,6 +283,7 @@ class Run:
             "log": self.logger.state(),
             "replay": {"rows": self.replay_rows, "crc32": self.replay_crc},
             "data": self.data,
+            "kept": [buffer.kept() for buffer in (self.offline, self.online)],
         }
 
     def _append_replay(self) -> None:
@@ -290,7 +293,7 @@ class Run:
             if file.tell() < self.replay_rows * width:  # somebody has cut it
                 self.replay_rows = self.replay_crc = 0
             file.truncate(self.replay_rows * width)  # rows beyond the last checkpoint
-            new = [field[self.replay_rows : self.online.size] for field in self.online.data]
+            new = [field[self.replay_rows : self.online.size] for field in self.online.rows]
             rows = torch.cat([f if f.ndim == 2 else f[:, None] for f in new], dim=1).cpu().numpy().tobytes()
             file.write(rows)
             file.flush()
@@ -298,7 +301,7 @@ class Run:
         self.replay_rows, self.replay_crc = self.online.size, zlib.crc32(rows, self.replay_crc)
 
     def _row_bytes(self) -> int:
-        return 4 * sum(field[:1].numel() for field in self.offline.data)
+        return 4 * sum(field[:1].numel() for field in self.offline.rows)
 
     def _read(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         """A checkpoint and its rows of replay.bin (n, 2 O + A + 2), both checked."""
@@ -371,11 +374,13 @@ class Run:
             if set(saved) != set(optimizer.state_dict()):
                 raise ValueError("another optimizer")
             optimizer.load_state_dict(saved)
-        columns = np.cumsum([0, *(field[:1].numel() for field in self.offline.data)])
-        for field, start, stop in zip(self.online.data, columns, columns[1:], strict=False):
+        columns = np.cumsum([0, *(field[:1].numel() for field in self.offline.rows)])
+        for field, start, stop in zip(self.online.rows, columns, columns[1:], strict=False):
             field[: len(rows)] = torch.from_numpy(rows[:, start:stop].copy()).view_as(field[: len(rows)])
         self.online.size = len(rows)
         self.online.position = len(rows) % max(self.online.capacity, 1)
+        for buffer, kept in zip((self.offline, self.online), state["kept"], strict=True):
+            buffer.restore_kept(kept)
         self.step, self.episode, self.episode_start = step, int(state["episode"]), int(state["episode_start"])
         self.replay_rows, self.replay_crc = len(rows), state["replay"]["crc32"]
         self.saved = step

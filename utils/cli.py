@@ -70,6 +70,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "kappa": (0, math.inf),
     "grad_norm": (1e-6, math.inf),
     "heldout_share": (0, 0.5),
+    "refresh_share": (1e-6, 1),
 }
 
 

@@ -16,10 +16,12 @@ import tyro
 from utils.checkpoint import load_tensors, stop_if_asked
 from utils.envs import success_of
 from utils.errors import InputError, exit_on_input_error
-from utils.logger import read_record
+from utils.logger import Logger, read_record
 from utils.tasks import make_task_env
 
 SCRIPTS = ("expo_diffusion", "expo_flow", "expo_finetune", "baselines.rlpd", "baselines.idql", "baselines.diffusion_ql")
+
+Policy = Callable[[torch.Tensor], torch.Tensor]  # observations (n, O) -> actions (n, A)
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Episodes:
 
 @torch.no_grad()
 def evaluate(
-    act: Callable[[torch.Tensor], torch.Tensor],
+    act: Policy,
     envs: list[gym.Env],
     num_episodes: int,
     seed: int,
@@ -92,6 +94,35 @@ def evaluate(
     return Episodes(returns, lengths, known, frames, [np.array(path) for path in paths])
 
 
+class Evaluation:
+    """The evaluations of one run: each is one row of its log, and a video if `args.capture_video` is set.
+
+    Args:
+        args: the script's flags; episodes have seeds of their own, the same at every evaluation.
+        logger: gets the rows.
+        device: of the policies.
+    """
+
+    def __init__(self, args: Any, logger: Logger, device: torch.device):
+        self.args, self.logger, self.device = args, logger, device
+        self.seed = args.seed + 1_000_000
+        self.envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
+        self.video_env = make_task_env(args, render=True) if args.capture_video else None
+
+    def run(self, step: int, act: Policy, base: Policy | None = None) -> None:
+        """Logs return and success of the policy `act` and, if it is given, of the base policy alone."""
+        metrics = self._episodes(act).metrics("eval/")
+        if base is not None:
+            metrics |= self._episodes(base).metrics("eval/base_")
+        if self.video_env is not None:
+            video = evaluate(act, [self.video_env], 1, self.seed, self.device, record=True)
+            write_video(self.logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
+        self.logger.write_evaluation(step, metrics)
+
+    def _episodes(self, policy: Policy) -> Episodes:
+        return evaluate(policy, self.envs, self.args.eval_episodes, self.seed, self.device)
+
+
 def write_video(path: Path, frames: list[np.ndarray], fps: int = 20) -> None:
     """Writes `frames` (each (H, W, 3) uint8) as an mp4."""
     import imageio.v2 as imageio
@@ -137,13 +168,17 @@ def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
         raise InputError(f"{path} is damaged, or is not an agent saved by this project") from None
 
 
-def load_base_policy(agent: Any, source: str) -> None:
-    """Copies base policy and its moving average from a saved run (its folder or its agent.pt) into `agent`.
+def load_base_policy(agent: Any, args: Any) -> None:
+    """Copies base policy and its average from the run `args.pretrained` (its folder, or its agent.pt) into `agent`.
+
+    Does nothing without that flag, or where `args.resume` brings a whole agent.
 
     Raises:
         InputError: names the flags or the shapes that differ, or says what is wrong with the file.
     """
-    path = Path(source) / "agent.pt" if Path(source).is_dir() else Path(source)
+    if not args.pretrained or args.resume:
+        return
+    path = Path(args.pretrained) / "agent.pt" if Path(args.pretrained).is_dir() else Path(args.pretrained)
     saved = load_state(path)["agent"]
     parts = ("base_policy.", "target_base_policy.")
     here = {key: value for key, value in agent.state_dict().items() if key.startswith(parts)}
