@@ -96,7 +96,7 @@ class NaiveExpo:
         """U critic steps and one step of each policy on a batch (U, B, ...)."""
         args = self.args
         for u in range(len(batch.rewards)):
-            obs, actions, rewards, next_obs, terminations = (field[u] for field in batch)
+            obs, actions, rewards, next_obs, terminations = (field[u] for field in batch[:5])
             next_q = self.minimum(next_obs, self.next_actions(next_obs))
             target_q = rewards + args.gamma * (1 - terminations) * next_q
             qs = torch.stack([critic(torch.cat([obs, actions], -1)).squeeze(-1) for critic in self.critic])

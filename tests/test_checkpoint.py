@@ -62,7 +62,6 @@ def start(function: Callable[[], None], log: Path) -> int:
     if pid:
         return pid
     code = 99
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit "ignore"
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
