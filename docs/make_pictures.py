@@ -29,7 +29,7 @@ from utils.tasks import make_task_env
 # are the one before them, resumed.
 MOMENTS = {
     "200 offline updates": ["--offline-steps", "200", "--total-timesteps", "0"],
-    "3,000 offline updates (step 0)": ["--total-timesteps", "0"],
+    "1,500 offline updates (step 0)": ["--total-timesteps", "0"],
     "step 300": ["--resume", "--total-timesteps", "300"],
     "step 1,000": ["--resume", "--total-timesteps", "1000"],
 }
