@@ -252,6 +252,11 @@ def test_unknown_device(refuse):
     assert "--device 'tpu' must be auto, cpu or cuda" in refuse("--device", "tpu")
 
 
+def test_generated_data_for_actions_of_another_length(refuse, script):
+    line = refuse("--task", "pointmaze-large", "--action-repeat", "5", script=script)
+    assert "--action-repeat 5: generated:pointmaze-large was made with 10" in line
+
+
 def test_unknown_task(refuse, script):
     line = refuse("--task", "pointmaze-mediun", script=script)
     assert "pointmaze-mediun" in line and all(task in line for task in TASKS)
@@ -264,7 +269,13 @@ def test_unknown_task(refuse, script):
         *[("--batch-size", "1"), ("--num-base-samples", "0"), ("--num-edit-samples", "-1"), ("--edit-scale", "0")],
         *[("--total-timesteps", "-1"), ("--eval-episodes", "0"), ("--denoising-steps", "0"), ("--critic-lr", "-1")],
         *[("--reward-scale", "nan"), ("--reward-shift", "inf"), ("--num-min-critics", "99"), ("--init-alpha", "0")],
-        *[("--seed", "-1"), ("--seed", "99999999999999999999"), ("--base-weight-decay", "-1")],
+        *[
+            ("--seed", "-1"),
+            ("--refresh-share", "0"),
+            ("--refresh-share", "1.1"),
+            ("--seed", "99999999999999999999"),
+            ("--base-weight-decay", "-1"),
+        ],
     ],
 )
 def test_values_out_of_range(refuse, flag, value):

@@ -74,7 +74,20 @@ class Dataset:
 
 
 def load(args: Any, env: Any) -> Dataset:
-    """The data that a script's flags ask for (`args.dataset`, `args.obs_keys`), fitted to its environment."""
+    """The data that a script's flags ask for (`args.dataset`, `args.obs_keys`), fitted to its environment.
+
+    Raises:
+        InputError: as `load_specs`, or generated data whose actions last longer or shorter than the environment's.
+    """
+    for spec in args.dataset:
+        kind, _, name = spec.partition(":")
+        if kind == "generated":
+            made_with = _generated_settings(name)["action_repeat"]
+            if args.action_repeat != made_with:
+                raise InputError(
+                    f"--action-repeat {args.action_repeat}: {spec} was made with {made_with}, where an action does "
+                    "something else; leave it, or make data of your own (docs/data.md)"
+                )
     return load_specs(args.dataset, env, getattr(args, "obs_keys", ()))
 
 
@@ -179,15 +192,21 @@ def read(path: Path, env: Any = None, obs_keys: Sequence[str] = ()) -> Dataset:
 # ---------------------------------------------------------------------------------------------- generated data
 
 
-def _locate_generated(name: str, num_episodes: int = 60, seed: int = 0) -> tuple[Path, str]:
+def _generated_settings(name: str) -> dict[str, Any]:
+    """The settings of the task that `generated:name` is for."""
     from utils import pointmaze, tasks  # here, because the table of tasks needs MuJoCo and reading a file does not
 
     maze = name.removeprefix("pointmaze-")
     if maze not in pointmaze.MAPS or maze == name:
         known = ", ".join(f"generated:pointmaze-{key}" for key in pointmaze.MAPS)
         raise InputError(f"generated:{name} is unknown (known: {known})")
-    limit = tasks.TASKS[name].settings["max_episode_steps"]
-    return cache_dir() / f"{name}-{num_episodes}x{limit}-seed{seed}.hdf5", "made here at its first use"
+    return tasks.TASKS[name].settings
+
+
+def _locate_generated(name: str, num_episodes: int = 60, seed: int = 0) -> tuple[Path, str]:
+    settings = _generated_settings(name)
+    length = f"{settings['max_episode_steps']}x{settings['action_repeat']}"
+    return cache_dir() / f"{name}-{num_episodes}x{length}-seed{seed}.hdf5", "made here at its first use"
 
 
 def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Path:
