@@ -2,11 +2,15 @@
 
 One module per critic, all of them evaluated and a random subset chosen afterwards; all samples of a slice at once; the
 time code computed for every row; plain optimizers; averages parameter by parameter; numbers read at every step.
+
+`STEPS` are what makes it faster without another algorithm, one by one, to show what each of them brings. What then
+still separates it from the scripts is their critics: all of an ensemble in one batched product.
 """
 
 import copy
 import math
 import random
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,11 +29,36 @@ def mlp(in_dim: int, width: int, layers: int, out_dim: int, norm: bool) -> nn.Se
     return nn.Sequential(*parts, nn.Linear(in_dim, out_dim))
 
 
-class NaiveExpo:
-    """Networks of the sizes in `args`, with the base policy's network of `script`, and one method: `update`."""
+STEPS = {
+    "drawn critics only": "the ranking asks the critics that were drawn, not all",
+    "time codes once": "the code of a denoising step is computed once for all rows",
+    "chain in parts": "samples in parts that the cache holds",
+    "fused optimizers": "one call for all parameters, in optimizers and averages; nothing is read during an update",
+}
 
-    def __init__(self, script: Any, obs_dim: int, action_dim: int, args: Any, device: torch.device | str = "cpu"):
-        self.args, self.action_dim = args, action_dim
+
+class NaiveExpo:
+    """Networks of the sizes in `args`, with the base policy's network of `script`, and one method: `update`.
+
+    Args:
+        script: a module with `BasePolicy`.
+        obs_dim: O.
+        action_dim: A.
+        args: the script's flags.
+        device: of everything.
+        steps: names in STEPS that are taken.
+    """
+
+    def __init__(
+        self,
+        script: Any,
+        obs_dim: int,
+        action_dim: int,
+        args: Any,
+        device: torch.device | str = "cpu",
+        steps: Collection[str] = (),
+    ):
+        self.args, self.action_dim, self.steps = args, action_dim, steps
         self.base_policy = script.BasePolicy(obs_dim, action_dim, args).to(device)
         self.target_base_policy = copy.deepcopy(self.base_policy)
         width, layers = args.hidden_dim, args.hidden_layers
@@ -38,19 +67,23 @@ class NaiveExpo:
         self.critic = nn.ModuleList(critics).to(device)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha), device=device))
-        self.base_optimizer = torch.optim.AdamW(self.base_policy.parameters(), args.base_lr, foreach=False)
-        self.edit_optimizer = torch.optim.Adam(self.edit_policy.parameters(), args.edit_lr, foreach=False)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, foreach=False)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.alpha_lr, foreach=False)
+        kind: dict[str, Any] = {"fused": True} if "fused optimizers" in steps else {"foreach": False}
+        self.base_optimizer = torch.optim.AdamW(self.base_policy.parameters(), args.base_lr, **kind)
+        self.edit_optimizer = torch.optim.Adam(self.edit_policy.parameters(), args.edit_lr, **kind)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, **kind)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.alpha_lr, **kind)
 
     def network(self, x: Tensor, obs: Tensor, time: float) -> Tensor:
         """The base policy's network with the time of every row spelled out."""
-        times = torch.full((len(x), 1), time, device=x.device)
+        rows = 1 if "time codes once" in self.steps else len(x)
+        times = torch.full((rows, 1), time, device=x.device)
         return self.base_policy.network(x, obs, self.base_policy.network.time_code(times))
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """Base actions (n, A) for observations (n, O): K network calls on all rows, DDPM or Euler."""
+        if "chain in parts" in self.steps and len(obs) > 2048:
+            return torch.cat([self.sample(part) for part in obs.split(2048)])
         x, steps = torch.randn(len(obs), self.action_dim, device=obs.device), self.args.denoising_steps
         if not hasattr(self.base_policy, "betas"):
             for k in range(steps):
@@ -75,8 +108,11 @@ class NaiveExpo:
     @torch.no_grad()
     def minimum(self, obs: Tensor, actions: Tensor) -> Tensor:
         """q (n,): every target critic is asked, the lowest of a random few counts."""
-        qs = torch.stack([critic(torch.cat([obs, actions], -1)).squeeze(-1) for critic in self.target_critic])
-        return qs[random.sample(range(len(qs)), self.args.num_min_critics)].min(0).values
+        drawn = random.sample(range(len(self.target_critic)), self.args.num_min_critics)
+        asked = drawn if "drawn critics only" in self.steps else range(len(self.target_critic))
+        inputs = torch.cat([obs, actions], -1)
+        qs = {e: self.target_critic[e](inputs).squeeze(-1) for e in asked}
+        return torch.stack([qs[e] for e in drawn]).min(0).values
 
     @torch.no_grad()
     def next_actions(self, obs: Tensor) -> Tensor:
@@ -92,7 +128,7 @@ class NaiveExpo:
         q = self.minimum(obs.repeat_interleave(n + m, 0), candidates.flatten(0, 1)).view(len(obs), n + m)
         return candidates[torch.arange(len(obs)), q.argmax(1)]
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch) -> dict[str, Any]:
         """U critic steps and one step of each policy on a batch (U, B, ...)."""
         args = self.args
         for u in range(len(batch.rewards)):
@@ -107,7 +143,7 @@ class NaiveExpo:
         self._step(self.base_optimizer, base_loss)
         self._average(self.target_base_policy, self.base_policy, args.ema_rate)
         if not args.num_edit_samples:
-            return {"critic": critic_loss.item(), "base": base_loss.item()}
+            return self._read({"critic": critic_loss, "base": base_loss})
         edits, log_prob = self.edit(obs, actions)
         inputs = torch.cat([obs, (actions + edits).clamp(-1, 1)], -1)
         q = torch.stack([critic(inputs).squeeze(-1) for critic in self.critic]).mean(0)
@@ -115,7 +151,10 @@ class NaiveExpo:
         self._step(self.edit_optimizer, edit_loss)
         alpha_loss = self.log_alpha.exp() * (-log_prob.mean().detach() + self.action_dim / 2)
         self._step(self.alpha_optimizer, alpha_loss)
-        return {"critic": critic_loss.item(), "base": base_loss.item(), "edit": edit_loss.item()}
+        return self._read({"critic": critic_loss, "base": base_loss, "edit": edit_loss})
+
+    def _read(self, losses: dict[str, Tensor]) -> dict[str, Any]:
+        return losses if "fused optimizers" in self.steps else {key: loss.item() for key, loss in losses.items()}
 
     @staticmethod
     def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -123,8 +162,10 @@ class NaiveExpo:
         loss.backward()
         optimizer.step()
 
-    @staticmethod
     @torch.no_grad()
-    def _average(target: nn.Module, online: nn.Module, rate: float) -> None:
+    def _average(self, target: nn.Module, online: nn.Module, rate: float) -> None:
+        if "fused optimizers" in self.steps:
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)  # pyright: ignore
+            return
         for old, new in zip(target.parameters(), online.parameters(), strict=True):
             old.copy_((1 - rate) * old + rate * new)

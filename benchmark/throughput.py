@@ -3,6 +3,7 @@
     python benchmark/throughput.py --task antmaze-umaze                        # the published sizes
     python benchmark/throughput.py --task pointmaze-medium --naive             # beside the obvious implementation
     python benchmark/throughput.py --script expo_flow --task antmaze-umaze --precision bfloat16 --compile
+    python benchmark/throughput.py --task antmaze-umaze --ladder               # from there to here, step by step
     python benchmark/throughput.py --task antmaze-umaze --grid                 # how the cost grows with the settings
     python benchmark/throughput.py --task antmaze-umaze --against 'COMMAND'    # another implementation, in alternation
 
@@ -34,7 +35,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
 
-from benchmark.naive import NaiveExpo
+from benchmark.naive import STEPS, NaiveExpo
 from utils import cli, compiling
 from utils.buffer import Batch, ReplayBuffer
 from utils.data import Dataset
@@ -50,6 +51,7 @@ class Options:
     repeats: int = 5  # measurements of everything; the median counts
     rows: int = 100_000  # offline rows to draw from
     naive: bool = False  # also measure benchmark/naive.py, the same update written the obvious way
+    ladder: bool = False  # how it becomes fast: benchmark/naive.py with one step more in every row, then the script
     grid: bool = False  # vary U, N, K, batch and widths, one at a time
     against: str = ""  # another implementation's benchmark, run in alternation with this one
     json: str = ""  # also write the figures to this file
@@ -219,7 +221,12 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     }
     if args.num_edit_samples:
         functions["edit"] = edit_step
-    if options.naive:
+    if options.ladder:
+        for count in range(1, len(STEPS) + 1):
+            steps = list(STEPS)[:count]
+            rung = NaiveExpo(script, obs_dim, action_dim, args, device, steps)
+            functions[f"+ {steps[-1]}"] = lambda rung=rung: rung.update(draw())
+    if options.naive or options.ladder:
         naive = NaiveExpo(script, obs_dim, action_dim, args, device)
         functions["naive"] = lambda: naive.update(draw())
         functions["naive action"] = lambda: naive.next_actions(obs)
@@ -239,6 +246,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         "action_s": seconds["action"],
         "first_s": first,
         "naive_s": seconds.get("naive"),
+        "ladder_s": {name: value for name, value in seconds.items() if name.startswith("+ ")},
         "naive_action_s": seconds.get("naive action"),
         "parts_s": parts,
         "parts_flop": flop(agent),
@@ -271,6 +279,10 @@ def table(found: dict[str, Any], peak: dict[str, float], precision: str) -> str:
     if found["naive_s"]:
         ratio = f"{update / found['naive_s']:.3f} of it; action {1e3 * found['naive_action_s']:.2f} ms"
         lines.append(f"naive update: {1e3 * found['naive_s']:,.1f} ms, ours {ratio}")
+    if found["ladder_s"]:
+        lines += ["", "| update | ms | of the naive one |", "|---|---|---|"]
+        rungs = {"naive": found["naive_s"], **found["ladder_s"], "the script": update}
+        lines += [f"| {name} | {1e3 * value:,.1f} | {value / found['naive_s']:.2f} |" for name, value in rungs.items()]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import expo_diffusion
 from benchmark import soak, throughput
-from benchmark.naive import NaiveExpo
+from benchmark.naive import STEPS, NaiveExpo
 
 TINY = "--task pointmaze-umaze --utd-ratio 2 --batch-size 8 --hidden-dim 16 --base-hidden-dim 16 --denoising-steps 2"
 
@@ -52,11 +52,12 @@ def test_cost_of_the_published_sizes():
     assert 0.9 < parts["chain"] / sum(parts.values()) < 0.95
 
 
+@pytest.mark.parametrize("steps", [(), tuple(STEPS)], ids=["naive", "all steps"])
 @pytest.mark.parametrize("edits", [0, 4])
-def test_naive_reference_is_the_same_algorithm(script, monkeypatch, edits):
+def test_naive_reference_is_the_same_algorithm(script, edits, steps):
     """With the same weights: the same Q, the same base actions from the same noise, and an update of everything."""
     agent = make_agent(script, num_edit_samples=edits, num_critics=3, num_min_critics=3, denoising_steps=4)
-    naive = NaiveExpo(script, 3, 2, agent.args)
+    naive = NaiveExpo(script, 3, 2, agent.args, steps=steps)
     naive.base_policy.load_state_dict(agent.base_policy.state_dict())
     with torch.no_grad():
         for e, critic in enumerate(naive.target_critic):
@@ -96,13 +97,14 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_throughput_prints_and_writes(tmp_path: Path):
-    done = run("--naive", "--json", str(tmp_path / "out.json"), "--device", "cpu")
+    done = run("--ladder", "--json", str(tmp_path / "out.json"), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["update_s"] == json.loads(done.stdout.splitlines()[-1])["update_s"] > 0
     assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
     assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
     assert min(found["limits"].values()) > 0
+    assert [f"+ {step}" for step in STEPS] == list(found["ladder_s"]) and "| + drawn critics only |" in done.stdout
 
 
 def test_throughput_against_another_command_and_bad_input():
