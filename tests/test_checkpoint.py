@@ -391,7 +391,7 @@ def refused(run_dir: Path, *words: str, module: Any = expo_diffusion) -> str:
 
 def test_flags_that_cannot_change_are_named(copied):
     message = refused(copied, "--gamma", "0.5", "--seed", "7", "--log-every", "3")
-    assert "--gamma 0.5 (was 0.98)" in message and "--seed 7 (was 1)" in message and "log-every" not in message
+    assert "--gamma 0.5 (was 0.96)" in message and "--seed 7 (was 1)" in message and "log-every" not in message
     assert "--task" in refused(copied, "--task", "pointmaze-large")
     assert "--run-dir" in refused(copied, "--run-dir", "elsewhere")
     assert "has done" in refused(copied, "--total-timesteps", "3")
@@ -640,7 +640,7 @@ def test_diverging_values_are_warned_of_once(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(expo_diffusion, "update", lambda *args: update(*args) | {"critic/q_mean": torch.tensor(900.0)})
     expo_diffusion.main(cli.parse_args(expo_diffusion.Args, words_for(expo_diffusion, tmp_path / "run")))
     (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "critic/q_mean is 900, but rewards from 0 to 10 sum to 0 to 500 at --gamma 0.98" in line
+    assert "critic/q_mean is 900, but rewards from 0 to 10 sum to 0 to 250 at --gamma 0.96" in line
     assert "--critic-lr" in line
 
 

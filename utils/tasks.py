@@ -81,7 +81,7 @@ def _pointmaze(maze: str, env_id: str, max_episode_steps: int, about: str, **set
 
 
 TASKS = {
-    "pointmaze-umaze": _pointmaze("umaze", "PointMaze_UMaze-v3", 21, "a U-shaped corridor, the easiest maze"),
+    "pointmaze-umaze": _pointmaze("umaze", "PointMaze_UMaze-v3", 24, "a U-shaped corridor, the easiest maze"),
     "pointmaze-medium": _pointmaze("medium", "PointMaze_Medium-v3", 43, "the quickstart: minutes on a laptop CPU"),
     "pointmaze-large": _pointmaze(
         "large", "PointMaze_Large-v3", 80, "a longer way", offline_steps=2_000, total_timesteps=1_000
