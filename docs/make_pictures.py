@@ -30,8 +30,8 @@ from utils.tasks import make_task_env
 MOMENTS = {
     "200 offline updates": ["--offline-steps", "200", "--total-timesteps", "0"],
     "1,500 offline updates (step 0)": ["--total-timesteps", "0"],
-    "step 300": ["--resume", "--total-timesteps", "300"],
-    "step 1,000": ["--resume", "--total-timesteps", "1000"],
+    "step 100": ["--resume", "--total-timesteps", "100"],
+    "step 600": ["--resume", "--total-timesteps", "600"],
 }
 BASE, EDIT, CHOSEN = "#0072B2", "#E69F00", "#D55E00"
 
@@ -104,7 +104,7 @@ def paths(agent: Any, args: Any, out: Path) -> None:
     panels = [
         ("demonstrations", demonstrations, dataset.success, np.diff(dataset.episodes).mean()),
         ("imitation alone (base policy)", imitation.paths, imitation.success, imitation.lengths.mean()),
-        ("EXPO after 1,000 steps", expo.paths, expo.success, expo.lengths.mean()),
+        ("EXPO after 600 steps", expo.paths, expo.success, expo.lengths.mean()),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.6))
     for axis, (title, lines, success, length) in zip(axes, panels, strict=True):
@@ -153,13 +153,13 @@ def main(seed: int = 1, out: Path = ROOT / "docs" / "images") -> None:
     for moment, flags in MOMENTS.items():
         runs[moment] = train(expo_diffusion, moment, flags, seed, before=next(reversed(runs.values()), None))
     agents = {moment: load_agent(run)[0] for moment, run in runs.items()}
-    args = load_agent(runs["step 1,000"])[1]
+    args = load_agent(runs["step 600"])[1]
     flow = load_agent(train(expo_flow, "step 0", ["--total-timesteps", "0"], seed))[0]
     moments = list(MOMENTS)
     demonstrations = data.load(args, make_task_env(args))
     assert demonstrations.success is not None
     first, _ = demonstrations.episodes[np.argmax(demonstrations.success)]  # a demonstration that succeeds ...
-    obs = demonstrations.obs[first + 20]  # ... a second into it
+    obs = demonstrations.obs[first + 10]  # ... a second into it
     landscape(agents, obs, out / "landscape.png")
     paths({"imitation": agents[moments[1]], "expo": agents[moments[3]]}, args, out / "paths.png")
     denoising({"diffusion": agents[moments[1]], "flow": flow}, demonstrations.obs[first], out / "denoising.png")
