@@ -339,9 +339,9 @@ def take(candidates: Tensor, choice: Tensor) -> Tensor:
 
 
 def in_parts(agent: Agent, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs) on rows (n, ...), as many at a time as a CPU's cache can hold, in the --precision asked for."""
+    """function(*inputs) on rows (n, ...), as many at a time as a CPU's cache or a GPU can hold, in --precision."""
     device, precision = inputs[0].device.type, agent.args.precision
-    rows = max(2048 // agent.args.num_base_samples, 1) if device == "cpu" else len(inputs[0])
+    rows = max(2048 // agent.args.num_base_samples, 1) if device == "cpu" else 16_384
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
         return torch.cat([function(*part) for part in zip(*(x.split(rows) for x in inputs), strict=True)]).float()
 
@@ -499,8 +499,8 @@ def main(args: Args) -> None:
     kept = args.num_base_samples if args.refresh_share < 1 else 0  # beside every transition
     offline = ReplayBuffer.from_dataset(dataset, device, kept)
     online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device, kept)
+    evaluation = Evaluation(args, device)  # of what acts, and of the base policy alone
     logger = Logger(args, script="expo_finetune")
-    evaluation = Evaluation(args, logger, device)  # of what acts, and of the base policy alone
 
     with Run(args, logger, agent, optimizers, offline, online) as run:  # logs, saves, guards, resumes
         # (a) The base policy imitates the offline episodes, all but a few held out, or comes from another run.
@@ -517,14 +517,14 @@ def main(args: Args) -> None:
         # The same update on offline rows alone, before the first environment step [ours 3]. Logged at steps below 0.
         for step in run.steps(range(-args.offline_steps, 0), "offline", "update"):
             if step == -args.offline_steps:  # eval/base_success_rate: the pretrained policy alone
-                evaluation.run(step, agent.on_the_fly_actions, agent.target_base_policy.sample)
+                evaluation.run(logger, step, agent.on_the_fly_actions, agent.target_base_policy.sample)
             refresh(agent, offline, online, 1.0, args.batch_size)
             logger.add(update(agent, optimizers, draw_batch(offline, online, 1.0, 1, args.batch_size)))
 
         obs, episodic_return = run.first_obs(env)
         for step in run.steps(range(1, args.total_timesteps + 1), "online", "step"):
             if (step - 1) % args.eval_every == 0:  # before acting, so that a run stopped in here has lost nothing
-                evaluation.run(step - 1, agent.on_the_fly_actions, agent.target_base_policy.sample)
+                evaluation.run(logger, step - 1, agent.on_the_fly_actions, agent.target_base_policy.sample)
             if step <= args.learning_starts:
                 action = 2 * torch.rand(action_dim) - 1
             else:
@@ -540,7 +540,7 @@ def main(args: Args) -> None:
                 refresh(agent, offline, online, args.offline_ratio, args.utd_ratio * args.batch_size)
                 batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
                 logger.add(update(agent, optimizers, batch))
-        evaluation.run(args.total_timesteps, agent.on_the_fly_actions, agent.target_base_policy.sample)
+        evaluation.run(logger, args.total_timesteps, agent.on_the_fly_actions, agent.target_base_policy.sample)
         if args.save_model:
             logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
 

@@ -398,8 +398,8 @@ def main(args: Args) -> None:
     dataset.rewards = args.reward_scale * dataset.rewards + args.reward_shift
     offline = ReplayBuffer.from_dataset(dataset, device)
     online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
+    evaluation = Evaluation(args, device)  # of what acts
     logger = Logger(args, script="baselines.diffusion_ql")
-    evaluation = Evaluation(args, logger, device)  # of what acts
 
     with Run(args, logger, agent, optimizers, offline, online) as run:  # logs, saves, guards, resumes
         # The same update on offline rows alone, before the first environment step. Logged at steps below 0.
@@ -409,7 +409,7 @@ def main(args: Args) -> None:
         obs, episodic_return = run.first_obs(env)
         for step in run.steps(range(1, args.total_timesteps + 1), "online", "step"):
             if (step - 1) % args.eval_every == 0:  # before acting, so that a run stopped in here has lost nothing
-                evaluation.run(step - 1, agent)
+                evaluation.run(logger, step - 1, agent)
             if step <= args.learning_starts:
                 action = 2 * torch.rand(action_dim) - 1
             else:
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
             if step > args.learning_starts:
                 batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
                 logger.add(dql_update(agent, optimizers, batch))
-        evaluation.run(args.total_timesteps, agent)
+        evaluation.run(logger, args.total_timesteps, agent)
         if args.save_model:
             logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
 

@@ -174,17 +174,20 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     optimizers = script.make_optimizers(agent, args)
 
     def draw() -> Batch:
-        script.refresh(agent, offline, online, 1.0, args.utd_ratio * args.batch_size)
         return script.draw_batch(offline, online, 1.0, args.utd_ratio, args.batch_size)
 
+    def update() -> None:
+        script.refresh(agent, offline, online, 1.0, args.utd_ratio * args.batch_size)
+        script.update(agent, optimizers, draw())
+
     begin = time.perf_counter()
-    script.update(agent, optimizers, draw())
+    update()
     agent.on_the_fly_actions(offline.data.obs[:1])
     if device.type == "cuda":
         torch.cuda.synchronize()
     first = time.perf_counter() - begin
     reset_peak(device)  # what the first call needs to compile is no part of the run
-    script.update(agent, optimizers, draw())
+    update()
     memory = peak_memory(device) - before
     td_target = compiling.compilable(script.td_target)  # in the scripts it is compiled as a part of critic_loss
 
@@ -211,7 +214,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         script.gradient_step(optimizers.alpha, script.alpha_loss(agent, info["edit/entropy"]))
 
     functions: dict[str, Callable[[], Any]] = {
-        "update": lambda: script.update(agent, optimizers, draw()),
+        "update": update,
         "chain": chain,
         "edits": lambda: script.next_candidates(agent, with_samples),
         "ranking": lambda: td_target(agent, last, candidates[-1]),

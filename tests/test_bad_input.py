@@ -16,7 +16,8 @@ from gymnasium.envs.registration import EnvSpec
 
 import expo_diffusion
 from utils import cli, data
-from utils.tasks import TASKS
+from utils.errors import InputError
+from utils.tasks import TASKS, make_task_env
 
 PENDULUM = ["--env-id", "Pendulum-v1", "--device", "cpu", "--threads", "1"]  # 3 observations, 1 action within +-2
 
@@ -255,6 +256,18 @@ def test_unknown_device(refuse):
 def test_generated_data_for_actions_of_another_length(refuse, script):
     line = refuse("--task", "pointmaze-large", "--action-repeat", "5", script=script)
     assert "--action-repeat 5: generated:pointmaze-large was made with 10" in line
+
+
+def test_rendering_that_fails(refuse, script, monkeypatch):
+    """Before there is a run folder."""
+
+    def no_display(args, render=False):
+        if render:
+            raise InputError("no display")
+        return make_task_env(args)
+
+    monkeypatch.setattr("utils.evaluate.make_task_env", no_display)
+    assert "no display" in refuse(*flags_of(script, TINY_RUN), "--capture-video", script=script)
 
 
 def test_unknown_task(refuse, script):

@@ -160,11 +160,23 @@ def test_candidates_are_the_kept_samples_and_fresh_edits_of_them(script, monkeyp
     assert (first[:, :, 3:] != second[:, :, 3:]).float().mean() > 0.9
 
 
-def test_a_share_of_one_keeps_nothing(script):
-    agent = make_agent(script)
-    offline, online = (ReplayBuffer(5, 3, 2) for _ in range(2))
-    script.refresh(agent, offline, online, 0.5, 8)
-    assert offline.data.next_base_actions.numel() == 0
+def test_a_share_of_one_keeps_nothing(script, monkeypatch, tmp_path):
+    """The default: no room for samples beside the transitions, and as many rows through the chain as are drawn."""
+    rows, kept, sample_next, draw_batch = [], [], script.sample_next, script.draw_batch
+
+    def spy(agent, next_obs):
+        rows.append(len(next_obs))
+        return sample_next(agent, next_obs)
+
+    def draw(offline, online, *rest):
+        kept.extend(buffer.data.next_base_actions.shape[1] for buffer in (offline, online))
+        return draw_batch(offline, online, *rest)
+
+    monkeypatch.setattr(script, "sample_next", spy)
+    monkeypatch.setattr(script, "draw_batch", draw)
+    flags = {"offline_steps": 2, "total_timesteps": 3, "utd_ratio": 2, "batch_size": 16}
+    script.main(tiny_run_args(script, tmp_path / "run", **flags))
+    assert rows == [16, 16, 32, 32, 32] and set(kept) == {0}
 
 
 def test_a_run_with_kept_samples_runs_a_share_of_the_chain(script, monkeypatch, tmp_path):

@@ -76,6 +76,11 @@ def test_naive_reference_is_the_same_algorithm(script, edits, steps):
     expected = agent.base_policy.sample(obs)
     torch.manual_seed(3)
     assert torch.allclose(naive.sample(obs), expected, atol=1e-5)
+    many = torch.randn(3000, 3)  # more than one part
+    torch.manual_seed(3)
+    expected = [agent.base_policy.sample(part) for part in (many.split(2048) if steps else [many])]
+    torch.manual_seed(3)
+    assert torch.allclose(naive.sample(many), torch.cat(expected), atol=1e-4)
     if not edits:  # the choice too: the same noise, no edits to draw
         agent.target_base_policy.load_state_dict(agent.base_policy.state_dict())
         torch.manual_seed(4)

@@ -77,12 +77,19 @@ def test_buffer_kept_samples_take_turns():
         for _ in added:
             replay.add([0], [0], 0.0, [0], terminated=False)
         turns = replay.next_turns(3).tolist()
-        assert added <= set(turns) and len(turns) <= max(3, len(added))
+        assert added <= set(turns) and len(turns) == len(set(turns)) <= max(3, len(added))
         drawn |= dict.fromkeys(turns, draw)
         assert set(drawn) == set(range(replay.size))
         if draw > 60:
             assert draw - min(drawn.values()) <= math.ceil(replay.size / 3)
     assert len(replay.next_turns(0)) == 0
+
+
+def test_buffer_saves_the_kept_samples_of_its_rows_only(tmp_path):
+    replay = ReplayBuffer(100_000, 1, 1, num_kept=2)
+    replay.add([0], [0], 0.0, [0], terminated=False)
+    torch.save(replay.kept(), tmp_path / "kept.pt")
+    assert (tmp_path / "kept.pt").stat().st_size < 10_000
 
 
 def test_buffer_kept_samples_of_new_rows_come_first():
@@ -99,7 +106,7 @@ def test_buffer_kept_samples_of_new_rows_come_first():
     other = ReplayBuffer(4, 1, 1, num_kept=2)
     other.size = 4
     other.restore_kept(replay.kept())
-    assert other.next_turns(2).tolist() == replay.next_turns(2).tolist() == [1, 0]
+    assert other.next_turns(2).tolist() == replay.next_turns(2).tolist() == [0, 1]
 
 
 # ------------------------------------------------------------------------------------------------------- logger

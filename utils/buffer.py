@@ -40,7 +40,7 @@ class ReplayBuffer:
     ):
         self.capacity, self.size, self.position = capacity, 0, 0
         self.turn = 0  # the row whose kept samples are drawn anew next ...
-        self.unsampled: list[int] | range = []  # ... after these, which have none
+        self.unsampled: list[int] = []  # ... after these, which have none
         self.data = Batch(
             obs=torch.zeros(capacity, obs_dim, device=device),
             actions=torch.zeros(capacity, action_dim, device=device),
@@ -59,7 +59,7 @@ class ReplayBuffer:
         rows = [torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays]
         rows.append(torch.zeros(len(dataset), num_kept, dataset.actions.shape[1], device=device))
         buffer.data = Batch(*rows)
-        buffer.unsampled = range(len(dataset) if num_kept else 0)
+        buffer.unsampled = list(range(len(dataset) if num_kept else 0))
         return buffer
 
     @property
@@ -72,7 +72,7 @@ class ReplayBuffer:
         for store, value in zip(self.rows, (obs, action, reward, next_obs, float(terminated)), strict=True):
             store[self.position] = torch.as_tensor(value, dtype=torch.float32)
         if self.data.next_base_actions.shape[1]:  # what was kept here was another transition's
-            self.unsampled = [*self.unsampled, self.position]
+            self.unsampled.append(self.position)
         self.position = (self.position + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
@@ -86,7 +86,7 @@ class ReplayBuffer:
     def next_turns(self, count: int) -> Tensor:
         """Rows (n,) whose kept samples are to be drawn anew: all that have none yet, then those that waited longest.
 
-        The caller fills them. n is `count`, or more if more have none; 0 if `count` is 0 or nothing is kept.
+        The caller fills them. n is about `count`, more if more have none; 0 if `count` is 0 or nothing is kept.
         """
         device = self.data.rewards.device
         if not count or not self.data.next_base_actions.shape[1]:
@@ -95,11 +95,13 @@ class ReplayBuffer:
         count = min(max(count - len(first), 0), self.size)
         waiting = (self.turn + torch.arange(count, device=device)) % max(self.size, 1)
         self.turn, self.unsampled = (self.turn + count) % max(self.size, 1), []
-        return torch.cat([first, waiting])
+        return torch.cat([first, waiting]).unique()
 
     def kept(self) -> dict[str, Any]:
         """The kept samples and whose turn it is, to be saved."""
-        actions = self.data.next_base_actions[: self.size]
+        actions = self.data.next_base_actions[
+            : self.size
+        ].clone()  # a view would be saved with all that it is a part of
         return {"actions": actions, "turn": self.turn, "unsampled": torch.as_tensor(self.unsampled, dtype=torch.long)}
 
     def restore_kept(self, state: dict[str, Any]) -> None:

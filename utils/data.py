@@ -86,7 +86,7 @@ def load(args: Any, env: Any) -> Dataset:
             if args.action_repeat != made_with:
                 raise InputError(
                     f"--action-repeat {args.action_repeat}: {spec} was made with {made_with}, where an action does "
-                    "something else; leave it, or make data of your own (docs/data.md)"
+                    f"something else; give --action-repeat {made_with}"
                 )
     return load_specs(args.dataset, env, getattr(args, "obs_keys", ()))
 

@@ -99,25 +99,24 @@ class Evaluation:
 
     Args:
         args: the script's flags; episodes have seeds of their own, the same at every evaluation.
-        logger: gets the rows.
         device: of the policies.
     """
 
-    def __init__(self, args: Any, logger: Logger, device: torch.device):
-        self.args, self.logger, self.device = args, logger, device
+    def __init__(self, args: Any, device: torch.device):
+        self.args, self.device = args, device
         self.seed = args.seed + 1_000_000
         self.envs = [make_task_env(args) for _ in range(min(args.eval_episodes, 20))]
         self.video_env = make_task_env(args, render=True) if args.capture_video else None
 
-    def run(self, step: int, act: Policy, base: Policy | None = None) -> None:
+    def run(self, logger: Logger, step: int, act: Policy, base: Policy | None = None) -> None:
         """Logs return and success of the policy `act` and, if it is given, of the base policy alone."""
         metrics = self._episodes(act).metrics("eval/")
         if base is not None:
             metrics |= self._episodes(base).metrics("eval/base_")
         if self.video_env is not None:
             video = evaluate(act, [self.video_env], 1, self.seed, self.device, record=True)
-            write_video(self.logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
-        self.logger.write_evaluation(step, metrics)
+            write_video(logger.run_dir / "videos" / f"step{step}.mp4", video.frames)
+        logger.write_evaluation(step, metrics)
 
     def _episodes(self, policy: Policy) -> Episodes:
         return evaluate(policy, self.envs, self.args.eval_episodes, self.seed, self.device)
