@@ -9,6 +9,7 @@ import math
 import random
 import re
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -638,6 +639,13 @@ def test_quickstart_data_is_inspectable(capsys):
     assert lines["success"].startswith(f"{int(arrays.success.sum())} of 60 episodes")
     assert 0.1 < arrays.success.mean() < 0.5  # most demonstrators run out of time: that leaves something to learn
     assert lines["problems"]
+
+
+def test_a_maze_leaves_no_file_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = make_task_env(cli.parse_args(expo_diffusion.Args, []))
+    env.reset(seed=0)
+    assert tempfile.gettempdir() == str(tmp_path) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("maze", pointmaze.MAPS)

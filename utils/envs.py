@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -111,6 +112,25 @@ class Guard(gym.Wrapper):
             ) from error
 
 
+@contextlib.contextmanager
+def maze_files(env_id: str) -> Iterator[None]:
+    """A temporary folder of its own for the model file of a gymnasium-robotics maze, read once and never removed.
+
+    In the common folder the file is named by the clock: many runs at a time could read each other's.
+    """
+    entry = gym.registry[env_id].entry_point if env_id in gym.registry else None
+    if not str(entry).startswith("gymnasium_robotics.envs.maze"):
+        yield
+        return
+    usual = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="expo-maze-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = usual
+
+
 def make_env(
     env_id: str,
     env_kwargs: dict[str, Any] | None = None,
@@ -138,7 +158,7 @@ def make_env(
     try:
         prepare_rendering(render)
         register_envs()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), maze_files(env_id):
             warnings.simplefilter("ignore")
             env = gym.make(env_id, disable_env_checker=True, **kwargs)
         if render:
