@@ -61,7 +61,7 @@ QUICKSTART = {
     "base_expansion": 2,
     "edit_scale": 0.2,
     "init_alpha": 0.1,
-    # Value takes some 1 / tau updates to travel one action back, and what is wrong of it, as in a pocket beside the goal
+    # Value takes 1 / tau updates to travel one action back, and what is wrong of it, as in a pocket beside the goal
     # that few demonstrations enter, 1 / (tau (1 - gamma)) to go away. With .02 success on the large map fell to 0 for
     # 300 environment steps and more; .005 needs a far longer warm-up as well.
     "tau": 0.05,
