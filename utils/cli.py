@@ -171,11 +171,13 @@ def setup_torch(args: Any) -> torch.device:
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def run(main: Callable[[Any], Any], cls: type, description: str | None = None) -> None:
-    """Parses the flags and calls `main(args)`; bad input ends with one line on stderr and exit code 2."""
+def run(
+    main: Callable[[Any], Any], cls: type, description: str | None = None, argv: Sequence[str] | None = None
+) -> None:
+    """Parses the flags (of the command line, if `argv` gives none) and calls `main(args)`; bad input ends with one line on stderr and exit code 2."""
     try:
         with exit_on_input_error():
-            main(parse_args(cls, description=description))
+            main(parse_args(cls, argv, description))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was logged is on disk", file=sys.stderr)
         sys.exit(130)

@@ -71,3 +71,18 @@ def write(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, Any])
         file.attrs.update(attributes)
         for key, value in arrays.items():
             file.create_dataset(key, data=value, compression="gzip", track_times=False)
+
+
+def copy_rows(path: Path, out: Path, keep: np.ndarray, attributes: dict[str, Any]) -> None:
+    """Writes the rows `keep` (n,) bool of every array of a file to a new one; what has no n rows is copied whole."""
+    arrays: dict[str, np.ndarray] = {}
+    with open_hdf5(path) as file:
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                value = read_array(file, name, str(path))
+                arrays[name] = value[keep] if value.shape[:1] == keep.shape else value
+
+        file.visititems(visit)
+        attributes = dict(file.attrs) | attributes
+    write(out, arrays, attributes)

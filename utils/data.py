@@ -384,6 +384,29 @@ def inspect(file: Positional, task: str = "") -> None:
     print("  problems      " + ("none found" if not problems else "\n                ".join(problems)))
 
 
+def thin(file: Positional, out: Annotated[Path, tyro.conf.Positional], episodes: int, seed: int = 0) -> None:
+    """Writes whole episodes of a D4RL-layout file, drawn at random, to a new file: less data, hence a weaker prior.
+
+    Args:
+        file: a path, or a word of --dataset that names such a file.
+        out: the new file.
+        episodes: how many to keep, in the file's order.
+        seed: of the draw.
+    """
+    if out.exists():
+        raise InputError(f"{out} is there already; choose another name")
+    path = resolve(file)
+    ends = check_arrays(d4rl.read(path), str(path))["ends"]
+    number = np.cumsum(ends) - ends  # of the episode that each row belongs to
+    total = int(number[-1]) + 1
+    if not 0 < episodes <= total:
+        raise InputError(f"--episodes {episodes}: {path} has {total}")
+    keep = np.isin(number, np.random.default_rng(seed).choice(total, episodes, replace=False))
+    with atomic_write(out, "choose another name") as temporary:
+        d4rl.copy_rows(path, temporary, keep, {"thinned": f"{episodes} of {total} episodes, seed {seed}"})
+    print(f"{out}: {episodes} of {total} episodes, {int(keep.sum()):,} of {len(keep):,} rows")
+
+
 def find_problems(data: Dataset) -> list[str]:
     """What a user should know before training on `data`, one line each; empty if nothing stands out."""
     problems = []
@@ -461,7 +484,8 @@ def main() -> None:
                 raise InputError(f"{name!r} is neither a task nor a word of --dataset; see `python -m utils.data list`")
             print(path)
 
-    commands = {"list": list_tasks, "inspect": inspect, "replay": replay, "generate": generate_, "download": download_}
+    commands = {"list": list_tasks, "inspect": inspect, "replay": replay, "thin": thin}
+    commands |= {"generate": generate_, "download": download_}
     try:
         with exit_on_input_error():
             tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
