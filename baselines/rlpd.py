@@ -19,6 +19,7 @@ import copy
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -132,8 +133,8 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(num, 1, out_dim))
 
-    def forward(self, x: Tensor, heads: Tensor | slice) -> Tensor:
-        return torch.baddbmm(self.bias[heads], x, self.weight[heads])
+    def forward(self, x: Tensor, drawn: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.baddbmm(drawn(self.bias), x, drawn(self.weight))
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -143,8 +144,8 @@ class EnsembleLayerNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(num, 1, width)), nn.Parameter(torch.zeros(num, 1, width))
 
-    def forward(self, x: Tensor, heads: Tensor | slice) -> Tensor:
-        return torch.addcmul(self.bias[heads], F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight[heads])
+    def forward(self, x: Tensor, drawn: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.addcmul(drawn(self.bias), F.layer_norm(x, x.shape[-1:], eps=1e-6), drawn(self.weight))
 
 
 class Critic(nn.Module):
@@ -157,13 +158,14 @@ class Critic(nn.Module):
         self.norms = nn.ModuleList(EnsembleLayerNorm(self.num, width) for width in widths[1:])
         self.output = EnsembleLinear(self.num, widths[-1], 1)
 
-    def forward(self, obs: Tensor, actions: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+    def forward(self, obs: Tensor, actions: Tensor, heads: Tensor | None = None) -> Tensor:
         """qs (E, ...) of observations (..., O) and actions (..., A); with `heads` only of those, at their cost only."""
         x = torch.cat([obs, actions], dim=-1).flatten(0, -2)
-        x = x.expand(self.output.weight[heads].shape[0], *x.shape)  # (E, B, O + A)
+        x = x.expand(self.num if heads is None else len(heads), *x.shape)  # (E, B, O + A)
+        drawn = (lambda p: p) if heads is None else (lambda p: p.index_select(0, heads))  # [heads] is far slower
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.relu(norm(layer(x, heads), heads))
-        return self.output(x, heads).view(-1, *obs.shape[:-1])
+            x = F.relu(norm(layer(x, drawn), drawn))
+        return self.output(x, drawn).view(-1, *obs.shape[:-1])
 
     def random_min(self, obs: Tensor, actions: Tensor, num: int) -> Tensor:
         """q (...): the minimum over `num` heads drawn anew at every call."""
@@ -283,8 +285,7 @@ def sac_update(agent: Agent, optimizers: SACOptimizers, batch: Batch) -> dict[st
 def draw_batch(offline: ReplayBuffer, online: ReplayBuffer, offline_ratio: float, slices: int, rows: int) -> Batch:
     """A batch (U, B, ...) in which every slice has the same share of offline rows [paper Sec. 5]."""
     num_offline = round(offline_ratio * rows) if online.size else rows
-    counts = ((offline, num_offline), (online, rows - num_offline))
-    parts = [buffer.sample(slices, count) for buffer, count in counts if count]
+    parts = [b.sample(slices, n) for b, n in ((offline, num_offline), (online, rows - num_offline)) if n]
     return Batch(*(torch.cat(fields, dim=1) for fields in zip(*parts, strict=True)))
 
 

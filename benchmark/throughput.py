@@ -31,7 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
 
@@ -84,6 +86,39 @@ def flop(agent: Any) -> dict[str, float]:
         "critic": rows * args.num_critics * 3 * head,
         "base": batch * 3 * base,
         "edit": batch * (3 * edit + 2 * args.num_critics * head) if m else 0,
+    }
+
+
+class Traffic(TorchDispatchMode):
+    """While active, adds up in `bytes` what every operation of eager torch reads and writes, views left out."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns):
+            moved = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
+            # What is only repeated (expand) lies in memory once.
+            self.bytes += sum(min(value.nbytes, value.untyped_storage().nbytes()) for value in moved)
+        return result
+
+
+def traffic(function: Callable[[], Any]) -> int:
+    """Bytes that the operations of `function` read and write: the memory's if no cache held any of it."""
+    with Traffic() as counter:
+        function()
+    return counter.bytes
+
+
+def per_environment_step(values: dict[str, float], utd_ratio: int) -> dict[str, float]:
+    """By part, from what one call of each function takes; what happens inside something else is taken out of it."""
+    return {
+        "chain": values["chain"],
+        "edits": values["edits"] if "edit" in values else 0.0,
+        "ranking": values["ranking"] * utd_ratio,
+        "critic": max(values["critic"] - values["ranking"], 0.0) * utd_ratio,
+        "base": values["base"],
+        "edit": values.get("edit", 0.0),
     }
 
 
@@ -234,16 +269,8 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         functions["naive"] = lambda: naive.update(draw())
         functions["naive action"] = lambda: naive.next_actions(obs)
     seconds = median_times(functions, options.repeats, device)
-    # Per environment step; what is timed inside something else is taken out of it.
-    steps = args.utd_ratio
-    parts = {
-        "chain": seconds["chain"],
-        "edits": seconds["edits"] if args.num_edit_samples else 0.0,
-        "ranking": seconds["ranking"] * steps,
-        "critic": max(seconds["critic"] - seconds["ranking"], 0.0) * steps,
-        "base": seconds["base"],
-        "edit": seconds.get("edit", 0.0),
-    }
+    compiling.enable(False)  # a compiled function shows no operations
+    moved = {name: float(traffic(functions[name])) for name in (*PARTS[:-1], "edit") if name in functions}
     return {
         "update_s": seconds["update"],
         "action_s": seconds["action"],
@@ -251,7 +278,8 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         "naive_s": seconds.get("naive"),
         "ladder_s": {name: value for name, value in seconds.items() if name.startswith("+ ")},
         "naive_action_s": seconds.get("naive action"),
-        "parts_s": parts,
+        "parts_s": per_environment_step(seconds, args.utd_ratio),
+        "parts_bytes": per_environment_step(moved, args.utd_ratio),
         "parts_flop": flop(agent),
         "data_bytes": sum(field.nbytes for field in offline.data),
         "memory_bytes": memory,

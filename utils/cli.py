@@ -174,7 +174,10 @@ def setup_torch(args: Any) -> torch.device:
 def run(
     main: Callable[[Any], Any], cls: type, description: str | None = None, argv: Sequence[str] | None = None
 ) -> None:
-    """Parses the flags (of the command line, if `argv` gives none) and calls `main(args)`; bad input ends with one line on stderr and exit code 2."""
+    """Parses the flags (`argv`, or the command line) and calls `main(args)`.
+
+    Bad input ends with one line on stderr and exit code 2.
+    """
     try:
         with exit_on_input_error():
             main(parse_args(cls, argv, description))
