@@ -330,6 +330,35 @@ def test_several_files_are_joined(tmp_path):
     )
 
 
+def test_thin_keeps_whole_episodes_and_every_array(tmp_path, capsys):
+    tree = d4rl_tree(3)
+    tree["infos/qpos"] = np.random.default_rng(0).normal(size=(len(tree["rewards"]), 3)).astype(np.float32)
+    tree["infos/map"] = np.arange(6, dtype=np.float32).reshape(2, 3)  # nothing of a row
+    write_hdf5(tmp_path / "all.hdf5", tree, [("/", "source", "here")])
+    everything = data.read_d4rl(tmp_path / "all.hdf5")
+    data.thin(str(tmp_path / "all.hdf5"), tmp_path / "few.hdf5", episodes=3, seed=1)
+    few = data.read_d4rl(tmp_path / "few.hdf5")
+    assert "3 of 5 episodes" in capsys.readouterr().out
+    number = np.cumsum(tree["terminals"] | tree["timeouts"]) - (tree["terminals"] | tree["timeouts"])
+    drawn = np.random.default_rng(1).choice(5, 3, replace=False)
+    with h5py.File(tmp_path / "few.hdf5") as file:
+        for key, value in tree.items():
+            kept = value if key == "infos/map" else value[np.isin(number, drawn)]
+            assert np.array_equal(file[key][()], kept), key
+        assert file.attrs["source"] == "here" and "3 of 5" in file.attrs["thinned"]
+    rows = {tuple(row) for row in everything.obs}
+    assert 0 < len(few) < len(everything) and all(tuple(row) in rows for row in few.obs)
+
+
+@pytest.mark.parametrize(("episodes", "out", "words"), [(0, "new", "has 5"), (6, "new", "has 5"), (2, "all", "there")])
+def test_thin_refuses(tmp_path, episodes, out, words):
+    write_hdf5(tmp_path / "all.hdf5", d4rl_tree())
+    before = (tmp_path / "all.hdf5").read_bytes()
+    with pytest.raises(InputError, match=words):
+        data.thin(str(tmp_path / "all.hdf5"), tmp_path / f"{out}.hdf5", episodes)
+    assert (tmp_path / "all.hdf5").read_bytes() == before and not (tmp_path / "new.hdf5").exists()
+
+
 def test_no_data_at_all():
     with pytest.raises(InputError, match="--dataset"):
         data.load_specs([])

@@ -1,15 +1,21 @@
 """--compile and --precision change speed, not results; candidates in parts are those at once; --refresh-share keeps."""
 
+import contextlib
 import importlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SCRIPTS, make_agent, make_args, make_batch, tiny_run_args
+from conftest import ROOT, SCRIPTS, TINY_RUN, flags_of, make_agent, make_args, make_batch, tiny_run_args
 
+import expo_flow
+from benchmark.emulate_bfloat16 import RoundedProducts
 from utils import compiling, data
 from utils.buffer import ReplayBuffer
 from utils.errors import InputError
+from utils.logger import read_record
 from utils.tasks import make_task_env
 
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
@@ -60,6 +66,42 @@ def test_bfloat16_is_for_the_candidates_only(script, monkeypatch):
     agent.on_the_fly_actions(next_obs[0])
     imitation_and_acting = seen[3:]
     assert imitation_and_acting == [torch.float32] * len(imitation_and_acting) != []
+
+
+def test_emulated_bfloat16_is_bfloat16_but_for_the_order_of_additions(script):
+    """Far nearer to torch's own than to float32, for the very same noise."""
+    agent = make_agent(script, precision="bfloat16", denoising_steps=3, base_hidden_dim=64)
+    batch, found = next_batch(torch.randn(2, 16, 3)), {}
+    for name, precision, mode in (
+        ("float32", "float32", contextlib.nullcontext()),
+        ("own", "bfloat16", contextlib.nullcontext()),
+        ("emulated", "bfloat16", RoundedProducts()),
+    ):
+        agent.args.precision = precision
+        torch.manual_seed(1)
+        with mode:
+            found[name] = script.next_candidates(agent, batch)
+    distance = {name: (found[name] - found["own"]).abs().mean() for name in ("float32", "emulated")}
+    assert distance["emulated"] < distance["float32"] / 4
+    x, weight, bias = torch.randn(5, 64), torch.randn(7, 64), torch.randn(7)
+    with torch.autocast("cpu", torch.bfloat16), RoundedProducts():
+        rounded = torch.nn.functional.linear(x, weight, bias)
+    exact = x.bfloat16().double() @ weight.bfloat16().double().T + bias.bfloat16().double()
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.double(), exact, rtol=2**-8, atol=1e-5)
+    with RoundedProducts():  # nobody asks for bfloat16: nothing happens
+        assert torch.equal(torch.nn.functional.linear(x, weight, bias), x @ weight.T + bias)
+
+
+def test_a_run_with_emulated_bfloat16(tmp_path):
+    """The script's own run, recorded with the flags that it was started with."""
+    flags = ["--script", "expo_flow", *flags_of(expo_flow, {**TINY_RUN, "run_dir": tmp_path / "run"})]
+    command = [sys.executable, "benchmark/emulate_bfloat16.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = read_record(tmp_path / "run")
+    assert record["script"] == "expo_flow" and record["args"]["precision"] == "bfloat16"
+    assert record["command"] == ["emulate_bfloat16.py", *flags]
 
 
 def test_compile_needs_a_compiler(monkeypatch):

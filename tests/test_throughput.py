@@ -11,8 +11,9 @@ from conftest import ROOT, make_agent, make_batch
 from torch.utils.flop_counter import FlopCounterMode
 
 import expo_diffusion
-from benchmark import soak, throughput
+from benchmark import roofline, soak, throughput
 from benchmark.naive import STEPS, NaiveExpo
+from utils.errors import InputError
 
 TINY = "--task pointmaze-umaze --utd-ratio 2 --batch-size 8 --hidden-dim 16 --base-hidden-dim 16 --denoising-steps 2"
 
@@ -96,6 +97,33 @@ def test_naive_reference_is_the_same_algorithm(script, edits, steps):
         )
 
 
+def test_traffic_counts_what_operations_read_and_write():
+    x, w = torch.randn(6, 4), torch.randn(4, 8)
+    assert throughput.traffic(lambda: x @ w) == 4 * (24 + 32 + 48)
+    assert throughput.traffic(lambda: x.T.contiguous()[0]) == 4 * (24 + 24)  # the copy; views move nothing
+    assert throughput.traffic(lambda: x[:1].expand(1000, 4) + 1) == 4 * (24 + 4000)  # lies in memory once
+    assert throughput.traffic(lambda: x.add_(1)) == 4 * (24 + 24)
+    calls = {"chain": 5, "edits": 1, "ranking": 2, "critic": 7, "base": 3}
+    parts = throughput.per_environment_step({**calls, "edit": 4}, 10)
+    assert parts == {"chain": 5, "edits": 1, "ranking": 20, "critic": 50, "base": 3, "edit": 4}
+    parts = throughput.per_environment_step(calls, 1)
+    assert parts["edits"] == parts["edit"] == 0  # best of N without edits
+
+
+def test_roofline(tmp_path: Path):
+    found = {"limits": {"float32": 1e11, "copy": 1e10}, "threads": 2, "update_s": 0.5}
+    found |= {"parts_s": {"chain": 0.4, "edit": 0.0}, "parts_flop": {"chain": 2e9, "edit": 0.0}}
+    found |= {"parts_bytes": {"chain": 1e8, "edit": 0.0}}
+    assert roofline.points(found) == {"chain": (20.0, 5e9, 0.8)}  # a part that is not there has no point
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    roofline.main((tmp_path / "a.json", tmp_path / "a.json"), tmp_path / "new" / "roof.png")
+    assert (tmp_path / "new" / "roof.png").read_bytes().startswith(b"\x89PNG")
+    for text, words in (("{}", "has no 'limits'"), ("[1", "cannot be read"), ("3", "cannot be read")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(InputError, match=words):
+            roofline.read(tmp_path / "bad.json")
+
+
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "benchmark/throughput.py", "--repeats", "1", "--rows", "100", *TINY.split(), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -108,7 +136,7 @@ def test_throughput_prints_and_writes(tmp_path: Path):
     assert found["update_s"] == json.loads(done.stdout.splitlines()[-1])["update_s"] > 0
     assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
     assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
-    assert min(found["limits"].values()) > 0
+    assert min(found["limits"].values()) > 0 and min(found["parts_bytes"].values()) > 0
     assert [f"+ {step}" for step in STEPS] == list(found["ladder_s"]) and "| + drawn critics only |" in done.stdout
 
 
