@@ -4,7 +4,8 @@ One module per critic, all of them evaluated and a random subset chosen afterwar
 time code computed for every row; plain optimizers; averages parameter by parameter; numbers read at every step.
 
 `STEPS` are what makes it faster without another algorithm, one by one, to show what each of them brings. What then
-still separates it from the scripts is their critics: all of an ensemble in one batched product.
+still separates it from the scripts: all critics in one batched product, the chain of all slices in one call, and no
+gradients for the critics in the edit policy's loss.
 """
 
 import copy

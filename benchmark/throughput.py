@@ -90,16 +90,23 @@ def flop(agent: Any) -> dict[str, float]:
 
 
 class Traffic(TorchDispatchMode):
-    """While active, adds up in `bytes` what every operation of eager torch reads and writes, views left out."""
+    """While active, adds up in `bytes` what the operations of eager torch read and write; views move nothing."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns):
-            moved = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
-            # What is only repeated (expand) lies in memory once.
-            self.bytes += sum(min(value.nbytes, value.untyped_storage().nbytes()) for value in moved)
+        views = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        if views or func is torch.ops.aten._unsafe_view.default:
+            return result
+        moved = tree_leaves((args, kwargs, result))
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather):
+            moved[0] = result  # of the source only what is taken is read
+        if not func._schema.returns:  # written in place, as by fused optimizers
+            written = [a for a, known in zip(args, func._schema.arguments, strict=False) if known.is_write]
+            moved += tree_leaves(written)
+        # What is only repeated (expand) lies in memory once.
+        self.bytes += sum(min(v.nbytes, v.untyped_storage().nbytes()) for v in moved if isinstance(v, Tensor))
         return result
 
 
@@ -270,7 +277,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         functions["naive action"] = lambda: naive.next_actions(obs)
     seconds = median_times(functions, options.repeats, device)
     compiling.enable(False)  # a compiled function shows no operations
-    moved = {name: float(traffic(functions[name])) for name in (*PARTS[:-1], "edit") if name in functions}
+    moved = {name: float(traffic(functions[name])) for name in PARTS if name in functions}
     return {
         "update_s": seconds["update"],
         "action_s": seconds["action"],

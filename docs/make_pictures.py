@@ -4,6 +4,8 @@
 python docs/make_pictures.py                 # trains into runs/pictures/ and writes docs/images/*.png
 """
 
+import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ import expo_diffusion
 import expo_flow
 from utils import cli, data
 from utils.evaluate import evaluate, load_agent
+from utils.logger import read_record
 from utils.pointmaze import MAPS
 from utils.tasks import make_task_env
 
@@ -37,9 +40,13 @@ BASE, EDIT, CHOSEN = "#0072B2", "#E69F00", "#D55E00"
 
 
 def train(script: Any, name: str, flags: list[str], seed: int, before: Path | None = None) -> Path:
-    """Folder of a run of `script` with --save-model, or of `before` made longer; made only if it is not there yet."""
+    """Folder of a run of `script` with --save-model, or of `before` made longer; made only if it is not there yet.
+
+    "There" is a complete run of today's settings; what else lies in the folder is deleted.
+    """
     run_dir = ROOT / "runs" / "pictures" / f"{script.__name__}-seed{seed}-{name.replace(' ', '-')}"
-    if not (run_dir / "agent.pt").exists():
+    if not ((run_dir / "agent.pt").exists() and same_settings(script, run_dir)):
+        shutil.rmtree(run_dir, ignore_errors=True)
         if flags[0] == "--resume" and before is not None:
             shutil.copytree(before, run_dir, ignore=shutil.ignore_patterns("agent.pt"))
             words = ["--resume", str(run_dir), *flags[1:]]
@@ -47,6 +54,14 @@ def train(script: Any, name: str, flags: list[str], seed: int, before: Path | No
             words = ["--seed", str(seed), "--save-model", "--run-dir", str(run_dir), "--eval-every", "100000", *flags]
         script.main(cli.parse_args(script.Args, words))
     return run_dir
+
+
+def same_settings(script: Any, run_dir: Path) -> bool:
+    """Whether a run's flags are those that its command line has today."""
+    there, given = read_record(run_dir)["args"], ("run_dir", "resume", "seed", "save_model", "eval_every")
+    now = json.loads(json.dumps(dataclasses.asdict(cli.parse_args(script.Args, []))))
+    now |= {key: there[key] for key in (*given, "offline_steps", "total_timesteps")}
+    return there == now
 
 
 def draw_maze(axis: Any, maze: str = "medium") -> None:

@@ -106,8 +106,8 @@ def table_critic(script: Any, values: Callable[[int, Tensor, Tensor], Tensor], n
             nn.Module.__init__(self)
             self.num = num
 
-        def forward(self, obs, actions, heads=slice(None)):
-            return torch.stack([values(e, obs, actions) for e in range(num)])[heads]
+        def forward(self, obs, actions, heads=None):
+            return torch.stack([values(e, obs, actions) for e in (range(num) if heads is None else heads.tolist())])
 
     return TableCritic()
 

@@ -333,7 +333,10 @@ def test_several_files_are_joined(tmp_path):
 def test_thin_keeps_whole_episodes_and_every_array(tmp_path, capsys):
     tree = d4rl_tree(3)
     tree["infos/qpos"] = np.random.default_rng(0).normal(size=(len(tree["rewards"]), 3)).astype(np.float32)
+    tree["infos/time"] = np.random.default_rng(0).normal(size=len(tree["rewards"]))  # float64 stays float64
     tree["infos/map"] = np.arange(6, dtype=np.float32).reshape(2, 3)  # nothing of a row
+    tree["infos/version"] = 3.5
+    tree["infos/name"] = "a text"
     write_hdf5(tmp_path / "all.hdf5", tree, [("/", "source", "here")])
     everything = data.read_d4rl(tmp_path / "all.hdf5")
     data.thin(str(tmp_path / "all.hdf5"), tmp_path / "few.hdf5", episodes=3, seed=1)
@@ -343,8 +346,12 @@ def test_thin_keeps_whole_episodes_and_every_array(tmp_path, capsys):
     drawn = np.random.default_rng(1).choice(5, 3, replace=False)
     with h5py.File(tmp_path / "few.hdf5") as file:
         for key, value in tree.items():
-            kept = value if key == "infos/map" else value[np.isin(number, drawn)]
-            assert np.array_equal(file[key][()], kept), key
+            stored = file[key]
+            if key == "infos/name":
+                assert stored.asstr()[()] == value
+                continue
+            kept = value[np.isin(number, drawn)] if np.shape(value)[:1] == number.shape else value
+            assert np.array_equal(stored[()], kept) and stored.dtype == np.asarray(value).dtype, key
         assert file.attrs["source"] == "here" and "3 of 5" in file.attrs["thinned"]
     rows = {tuple(row) for row in everything.obs}
     assert 0 < len(few) < len(everything) and all(tuple(row) in rows for row in few.obs)

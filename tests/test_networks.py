@@ -31,13 +31,13 @@ def separate_mlp(critic, head: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-@pytest.mark.parametrize("heads", [slice(None), torch.tensor([3, 1]), torch.tensor([4])], ids=["all", "two", "one"])
+@pytest.mark.parametrize("heads", [None, torch.tensor([3, 1]), torch.tensor([4])], ids=["all", "two", "one"])
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 4)])
 def test_ensemble_equals_separate_mlps(script, shape, heads):
     critic = make_agent(script).critic
     obs, actions = torch.randn(*shape, 3), torch.randn(*shape, 2)
     qs = critic(obs, actions, heads)
-    chosen = range(5) if isinstance(heads, slice) else heads.tolist()
+    chosen = range(5) if heads is None else heads.tolist()
     assert qs.shape == (len(chosen), *shape)
     for q, head in zip(qs, chosen, strict=True):
         mlp = separate_mlp(critic, head)

@@ -78,12 +78,21 @@ def test_buffer_kept_samples_take_turns():
         for _ in added:
             replay.add([0], [0], 0.0, [0], terminated=False)
         turns = replay.next_turns(3).tolist()
-        assert added <= set(turns) and len(turns) == len(set(turns)) <= max(3, len(added))
+        assert added <= set(turns) and len(turns) == len(set(turns)) <= 3 + len(added)
         drawn |= dict.fromkeys(turns, draw)
         assert set(drawn) == set(range(replay.size))
         if draw > 60:
             assert draw - min(drawn.values()) <= math.ceil(replay.size / 3)
     assert len(replay.next_turns(0)) == 0
+
+
+def test_buffer_new_rows_do_not_use_up_the_turns_of_others():
+    """One turn and one new row at every step: the old rows get theirs all the same."""
+    replay, refreshed = ReplayBuffer(100, 1, 1, num_kept=2), set()
+    for row in range(60):
+        replay.add([0], [0], 0.0, [0], terminated=False)
+        refreshed |= set(replay.next_turns(1).tolist()) - {row}
+    assert refreshed == set(range(max(refreshed) + 1)) and max(refreshed) > 50
 
 
 def test_buffer_saves_the_kept_samples_of_its_rows_only(tmp_path):
@@ -100,14 +109,14 @@ def test_buffer_kept_samples_of_new_rows_come_first():
     replay = ReplayBuffer(4, 1, 1, num_kept=2)
     for _ in range(4):
         replay.add([0], [0], 0.0, [0], terminated=False)
-    assert replay.next_turns(1).tolist() == [0, 1, 2, 3] and replay.next_turns(3).tolist() == [0, 1, 2]
+    assert replay.next_turns(1).tolist() == [0, 1, 2, 3] and replay.next_turns(3).tolist() == [1, 2, 3]
     replay.add([0], [0], 0.0, [0], terminated=False)  # overwrites row 0
-    assert replay.next_turns(2).tolist() == [0, 3]
+    assert replay.next_turns(1).tolist() == [0] and replay.next_turns(2).tolist() == [1, 2]
     replay.add([0], [0], 0.0, [0], terminated=False)
     other = ReplayBuffer(4, 1, 1, num_kept=2)
     other.size = 4
     other.restore_kept(replay.kept())
-    assert other.next_turns(2).tolist() == replay.next_turns(2).tolist() == [0, 1]
+    assert other.next_turns(2).tolist() == replay.next_turns(2).tolist() == [0, 1, 3]
 
 
 # ------------------------------------------------------------------------------------------------------- logger

@@ -86,22 +86,20 @@ class ReplayBuffer:
     def next_turns(self, count: int) -> Tensor:
         """Rows (n,) whose kept samples are to be drawn anew: all that have none yet, then those that waited longest.
 
-        The caller fills them. n is about `count`, more if more have none; 0 if `count` is 0 or nothing is kept.
+        The caller fills them. n is `count` and as many as have none; 0 if `count` is 0 or nothing is kept.
         """
         device = self.data.rewards.device
         if not count or not self.data.next_base_actions.shape[1]:
             return torch.zeros(0, dtype=torch.long, device=device)
         first = torch.as_tensor(self.unsampled, dtype=torch.long, device=device)
-        count = min(max(count - len(first), 0), self.size)
+        count = min(count, self.size)
         waiting = (self.turn + torch.arange(count, device=device)) % max(self.size, 1)
         self.turn, self.unsampled = (self.turn + count) % max(self.size, 1), []
         return torch.cat([first, waiting]).unique()
 
     def kept(self) -> dict[str, Any]:
         """The kept samples and whose turn it is, to be saved."""
-        actions = self.data.next_base_actions[
-            : self.size
-        ].clone()  # a view would be saved with all that it is a part of
+        actions = self.data.next_base_actions[: self.size].clone()  # a view would be saved with all it is a part of
         return {"actions": actions, "turn": self.turn, "unsampled": torch.as_tensor(self.unsampled, dtype=torch.long)}
 
     def restore_kept(self, state: dict[str, Any]) -> None:

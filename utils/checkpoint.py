@@ -199,8 +199,9 @@ class Run:
     def __enter__(self) -> "Run":
         _received.clear()
         if threading.current_thread() is threading.main_thread():
-            for number in [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]:
-                self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
         return self
 
     def _on_signal(self, number: int, _frame: Any) -> None:

@@ -70,7 +70,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, Any])
     with h5py.File(path, "w", track_order=True) as file:
         file.attrs.update(attributes)
         for key, value in arrays.items():
-            file.create_dataset(key, data=value, compression="gzip", track_times=False)
+            file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None, track_times=False)
 
 
 def copy_rows(path: Path, out: Path, keep: np.ndarray, attributes: dict[str, Any]) -> None:
@@ -80,8 +80,8 @@ def copy_rows(path: Path, out: Path, keep: np.ndarray, attributes: dict[str, Any
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                value = read_array(file, name, str(path))
-                arrays[name] = value[keep] if value.shape[:1] == keep.shape else value
+                value = item[()]
+                arrays[name] = value[keep] if item.shape[:1] == keep.shape else value
 
         file.visititems(visit)
         attributes = dict(file.attrs) | attributes

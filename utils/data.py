@@ -4,6 +4,7 @@
     python -m utils.data inspect FILE              shapes, episodes, success, returns and problems of a data set
     python -m utils.data replay FILE --task NAME   does the simulator do what the file says?
     python -m utils.data generate NAME             writes a generated data set and prints its path
+    python -m utils.data thin FILE OUT             keeps some episodes, drawn at random, of a D4RL-layout file
     python -m utils.data download NAME             fetches a task's data
 
 `load` reads what `--dataset` names. One small module a format; HDF5, npz and JSON only, and nothing is ever unpickled.
