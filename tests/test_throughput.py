@@ -103,9 +103,10 @@ def test_traffic_counts_what_operations_read_and_write():
     assert throughput.traffic(lambda: x.T.contiguous()[0]) == 4 * (24 + 24)  # the copy; views move nothing
     assert throughput.traffic(lambda: x[:1].expand(1000, 4) + 1) == 4 * (24 + 4000)  # lies in memory once
     assert throughput.traffic(lambda: x.add_(1)) == 4 * (24 + 24)
-    assert throughput.traffic(lambda: torch._foreach_add_([x, w], 1)) == 2 * 4 * (24 + 32)  # returns nothing
+    lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+    assert throughput.traffic(lambda: lerp([x], [x + 1], 0.5)) == 4 * (24 + 24) + 4 * (24 + 24 + 24)  # returns nothing
     assert throughput.traffic(lambda: w.index_select(0, torch.zeros(1, dtype=torch.long))) == 8 + 8 + 2 * 32
-    calls = {"chain": 5, "edits": 1, "ranking": 2, "critic": 7, "base": 3}
+    calls = {"chain": 5.0, "edits": 1.0, "ranking": 2.0, "critic": 7.0, "base": 3.0}
     parts = throughput.per_environment_step({**calls, "edit": 4}, 10)
     assert parts == {"chain": 5, "edits": 1, "ranking": 20, "critic": 50, "base": 3, "edit": 4}
     parts = throughput.per_environment_step(calls, 1)
