@@ -180,7 +180,7 @@ def test_refresh_draws_a_share_of_the_kept_samples_anew(script, monkeypatch):
     assert online.data.next_base_actions[:, :, 1].sum(0).tolist() == [1, 1, 1]
     calls = 2
     script.refresh(agent, offline, online, 1.0, 16)  # the online buffer is not drawn from
-    assert offline.data.next_base_actions[:, 0, 1].tolist() == [1] * 3 + [2] * 4 + [0] * 13
+    assert offline.data.next_base_actions[:, 0, 1].tolist() == [0] * 3 + [1] * 3 + [2] * 4 + [0] * 10  # the first call had 3
     assert online.data.next_base_actions[:, 0, 1].sum() == 1
 
 
@@ -236,4 +236,4 @@ def test_a_run_with_kept_samples_runs_a_share_of_the_chain(script, monkeypatch, 
     num_offline = len(data.load_specs(args.dataset, make_task_env(args)))
     # offline: all, then 16 / 4 rows; online from step 5: 32 / 8 of each buffer, at first the five new rows
     assert rows[:4] == [num_offline, 4, 4, 5]
-    assert rows[4::2] == [4] * 7 and set(rows[5::2]) == {3, 4}  # 3 where the new row's turn came at once
+    assert rows[4::2] == [4] * 7 and set(rows[5::2]) == {4, 5}  # 4 where the new row's turn came at once
