@@ -7,8 +7,6 @@ with float32 instructions; everything else of the autocast region is torch's own
 bfloat16 hardware but for the order of the additions; the seconds are not. All flags but --script go to the script.
 """
 
-import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
 
+from benchmark.wrapper import wrapped_script
 from utils import cli
-from utils.errors import exit_on_input_error
-from utils.logger import read_record
 
 
 class RoundedProducts(TorchFunctionMode):
@@ -46,15 +43,7 @@ def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def main() -> None:
     """Parses --script and hands the rest on."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--script", choices=("expo_diffusion", "expo_flow", "expo_finetune"))
-    parser.add_argument("--resume", type=Path)
-    options, rest = parser.parse_known_args()
-    if options.resume:
-        rest += ["--resume", str(options.resume)]
-    with exit_on_input_error():
-        resumed = read_record(options.resume)["script"] if options.resume else None
-    script = importlib.import_module(options.script or resumed or "expo_diffusion")
+    script, rest = wrapped_script(("expo_diffusion", "expo_flow", "expo_finetune"))
     with RoundedProducts():
         cli.run(script.main, script.Args, script.__doc__, [*rest, "--precision", "bfloat16"])
 

@@ -1,6 +1,7 @@
 """Tables and learning curves from the results of a grid.
 
     python benchmark/plot.py benchmark/results/mazes --out docs/images/mazes.png
+    python benchmark/plot.py benchmark/results/mazes --metrics edit/alpha edit/entropy --out edits.png
 
 Curves are interquartile means over seeds with 95 % bootstrap intervals. "Steps to 90 %" is the first evaluation with
 that success, counted in environment steps, 0 if it is the one before the first; "seconds" is the run's own clock then,
@@ -14,7 +15,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -92,7 +93,7 @@ def read_curve(path: Path, key: str = "eval/success_rate") -> Curve:
         raise
     except ValueError as error:
         raise InputError(f"{path}, line {reader.line_num}: {reason(error)}") from None
-    curve = Curve(*(np.array(values) for values in columns.values()))
+    curve = Curve(*(np.array(columns[name]) for name in [*needed, "eval/base_success_rate"]))
     if len(curve.steps) == 0:
         raise InputError(f"{path} holds no evaluation ({key} at step 0 or later)")
     if (np.diff(curve.steps) <= 0).any():
@@ -101,7 +102,7 @@ def read_curve(path: Path, key: str = "eval/success_rate") -> Curve:
 
 
 def read_results(folder: Path) -> Results:
-    """All curves in <folder>/<task>/<method>/seed<n>/metrics.csv, by seed.
+    """All curves in <folder>/<task>/<method>/seed<n>/metrics.csv, by seed; of `base_alone` those of its base policy.
 
     Raises:
         InputError: there are none, or one is broken.
@@ -110,10 +111,32 @@ def read_results(folder: Path) -> Results:
     for path in sorted(folder.glob("*/*/seed*/metrics.csv")):
         task, method, seed = path.parts[-4:-1]
         if seed[4:].isdecimal():
-            results.setdefault(task, {}).setdefault(method, {})[int(seed[4:])] = read_curve(path)
+            # Of a run without critics the policy without critics counts.
+            key = "eval/base_success_rate" if method == "base_alone" else "eval/success_rate"
+            results.setdefault(task, {}).setdefault(method, {})[int(seed[4:])] = read_curve(path, key)
     if not results:
         raise InputError(f"{folder} holds no <task>/<method>/seed<n>/metrics.csv")
     return {task: {m: dict(sorted(c.items())) for m, c in methods.items()} for task, methods in results.items()}
+
+
+def read_metric(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and values (n,) of one column of a metrics.csv that `read_curve` has read; offline steps are below 0.
+
+    Raises:
+        InputError: there is no such column, or nothing in it, or no number.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if key not in rows[0]:
+        raise InputError(f"{path} has no column {key!r} (there are {', '.join(list(rows[0])[2:])})")
+    try:
+        found = [(float(row["step"]), float(row[key])) for row in rows if row[key]]
+    except ValueError as error:
+        raise InputError(f"{path}, column {key!r}: {reason(error)}") from None
+    if not found:
+        raise InputError(f"{path}: column {key!r} is empty")
+    steps, values = np.array(found).T
+    return steps, values
 
 
 def expected_seeds(results: Results, grid: Path | None) -> dict[tuple[str, str], set[int]]:
@@ -199,7 +222,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def table(methods: dict[str, dict[int, Curve]], order: list[str], expected: dict[str, int], against: str) -> str:
     """A row per method: medians over seeds; a count in brackets where not all seeds got there."""
     head = ["method", "seeds", "base policy alone at 0", "at 0", "steps to 50 %", "80 %", "90 %", "90 % held"]
-    head += ["final", "area", *([f"times fewer steps to 90 % than {against}"] if against in methods else [])]
+    head += ["lowest", "final", "area", *([f"times fewer steps to 90 % than {against}"] if against in methods else [])]
     rows = []
     for method in order:
         curves = list(methods[method].values())
@@ -207,6 +230,7 @@ def table(methods: dict[str, dict[int, Curve]], order: list[str], expected: dict
         cells += [number(float(np.median([c.base_success[0] for c in curves])), 2)]
         cells += [number(float(np.median([c.success[0] for c in curves])), 2)]
         cells += [median_of([c.first(*level)[0] for c in curves]) for level in LEVELS]
+        cells += [number(float(np.median([c.success.min() for c in curves])), 2)]
         cells += [number(float(interquartile_mean(np.array([c.success[-5:].mean() for c in curves]))), 2)]
         cells += [number(float(np.median([area(c) for c in curves])), 2)]
         if against in methods and method != against:
@@ -247,46 +271,92 @@ def count_of(found: int, expected: int) -> str:
     return str(found) if found >= expected else f"{found} of {expected}"
 
 
-def plot(results: Results, order: list[str], expected: dict[tuple[str, str], set[int]], out: Path) -> None:
-    """One panel per task; `out` gets the picture.
+def line_styles(order: list[str]) -> dict[str, dict[str, Any]]:
+    """method -> colour, line and marker. Variants (method+variant) share the method's colour and differ by the line."""
+    methods = list(dict.fromkeys(method.split("+")[0] for method in order))
+    variants = list(dict.fromkeys(method.partition("+")[2] for method in order))
+    styles = {}
+    for method in order:
+        index, variant = methods.index(method.split("+")[0]), variants.index(method.partition("+")[2])
+        line = variant if len(variants) > 1 else index + index // 8
+        styles[method] = {"color": COLORS[index % 8], "linestyle": LINES[line % 4], "lw": 1.8}
+        styles[method] |= {"marker": MARKERS[index % 8], "markersize": 4.5}
+    return styles
+
+
+def draw(axis: Any, curves: list[tuple[np.ndarray, np.ndarray]], style: dict[str, Any], name: str, label: str) -> None:
+    """Interquartile mean and interval over seeds of curves (steps (n,), values (n,)).
 
     Raises:
-        InputError: the seeds of a method were evaluated at different steps.
+        InputError: they do not share their steps.
+    """
+    steps, values = curves[0][0], [curve[1] for curve in curves]
+    if any(not np.array_equal(curve[0], steps) for curve in curves):
+        raise InputError(f"{name}: its seeds were evaluated at different steps; no mean can be drawn")
+    if len(steps) < 2:  # imitation only
+        line = {key: style[key] for key in ("color", "linestyle", "lw")}
+        axis.axhline(interquartile_mean(np.stack(values))[0], label=label, **line)
+        return
+    axis.plot(steps, interquartile_mean(np.stack(values)), label=label, markevery=max(len(steps) // 8, 1), **style)
+    axis.fill_between(steps, *bootstrap(np.stack(values)), color=style["color"], alpha=0.13, lw=0)
+
+
+def plot(
+    results: Results,
+    order: list[str],
+    expected: dict[tuple[str, str], set[int]],
+    out: Path,
+    folder: Path,
+    *metrics: str,
+) -> None:
+    """A row of panels per task: success, then one panel for each of the `metrics`; `out` gets the picture.
+
+    Raises:
+        InputError: the seeds of a method were evaluated at different steps, or a metric was not logged.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.8), squeeze=False, sharey=True)
-    for axis, (task, methods) in zip(axes[0], results.items(), strict=True):
-        for index, method in enumerate(order):
-            if method not in methods:
-                continue
-            curves = list(methods[method].values())
-            steps = curves[0].steps
-            if any(not np.array_equal(curve.steps, steps) for curve in curves):
-                raise InputError(f"{task}/{method}: its seeds were evaluated at different steps; no mean can be drawn")
-            seeds = count_of(len(curves), len(expected[task, method].union(methods[method])))
+    # With metrics, a task is a row; without, a column.
+    shape = (len(results), 1 + len(metrics)) if metrics else (1, len(results))
+    size = (4.2 * shape[1], 3.4 * shape[0] + 1.2) if metrics else (5.6 * shape[1], 4.8)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey=not metrics)
+    styles = line_styles(order)
+    for index, (task, methods) in enumerate(results.items()):
+        panels = axes[index] if metrics else [axes[0][index]]
+        for method in (method for method in order if method in methods):
+            curves, name = methods[method], f"{task}/{method}"
+            seeds = count_of(len(curves), len(expected[task, method].union(curves)))
             label = f"{method} ({seeds} seed{'s' if seeds != '1' else ''})"
-            style = {"color": COLORS[index % 8], "linestyle": LINES[(index + index // 8) % 4], "lw": 1.8}
-            values = np.stack([curve.success for curve in curves])
-            if len(steps) < 2:  # imitation only
-                axis.axhline(interquartile_mean(values)[0], label=label, **style)
-                continue
-            style |= {"marker": MARKERS[index % 8], "markersize": 4.5, "markevery": max(len(steps) // 8, 1)}
-            axis.plot(steps, interquartile_mean(values), label=label, **style)
-            axis.fill_between(steps, *bootstrap(values), color=style["color"], alpha=0.13, lw=0)
-            if len(order) == 1 and np.isfinite(curves[0].base_success).all():  # room for its base policy
-                base = interquartile_mean(np.stack([curve.base_success for curve in curves]))
-                axis.plot(steps, base, "--", color=COLORS[1], lw=1.8, label=f"its base policy alone ({seeds} seeds)")
-        axis.set(title=task, xlabel="environment steps", ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.25)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8.5)
-    axes[0][0].set_ylabel("success rate (interquartile mean, 95 % interval)")
+            draw(panels[0], [(curve.steps, curve.success) for curve in curves.values()], styles[method], name, label)
+            if len(order) == 1 and all(np.isfinite(curve.base_success).all() for curve in curves.values()):
+                base = [(curve.steps, curve.base_success) for curve in curves.values()]  # there is room for it
+                style = styles[method] | {"color": COLORS[1], "linestyle": "--"}
+                draw(panels[0], base, style, name, f"its base policy alone ({seeds} seeds)")
+            for axis, metric in zip(panels[1:], metrics, strict=True):
+                paths = [folder / task / method / f"seed{seed}" / "metrics.csv" for seed in curves]
+                draw(axis, [read_metric(path, metric) for path in paths], styles[method], f"{name}, {metric}", label)
+        panels[0].set(title=task, ylim=(-0.03, 1.03), ylabel="success rate (interquartile mean, 95 % interval)")
+        for axis, metric in zip(panels[1:], metrics, strict=True):
+            axis.set(title=metric)
+            if metric == "edit/alpha":
+                axis.set_yscale("log")
+        for axis in panels:
+            axis.set(xlabel="environment steps")
+            axis.grid(alpha=0.25)
+        if not metrics:
+            panels[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8.5)
     figure.tight_layout()
+    if metrics:
+        lines, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, frameon=False, fontsize=9)
+    elif len(results) > 1:
+        for axis in axes[0][1:]:
+            axis.set_ylabel("")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=140)
+    figure.savefig(out, dpi=140, bbox_inches="tight")
 
 
 def print_versions(results: Path) -> None:
@@ -306,6 +376,7 @@ def main(
     per_seed: bool = False,
     grid: Path | None = None,
     against: str = "rlpd",
+    metrics: tuple[str, ...] = (),
 ) -> None:
     """Prints tables per task and, with --out, writes the learning curves.
 
@@ -315,6 +386,7 @@ def main(
         per_seed: print a table with a row per seed, too.
         grid: the grid, to know which runs are missing; unset: the one of the results' name in benchmark/grids.
         against: the method that steps to 90 % are compared with.
+        metrics: columns of metrics.csv to draw beside success, as edit/alpha; below step 0 is what is learned offline.
     """
     found = read_results(results)
     if grid is None and (named := ROOT / "benchmark" / "grids" / f"{results.resolve().name}.toml").exists():
@@ -336,7 +408,7 @@ def main(
         if missing:
             print(f"MISSING {task}/{method}: seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}")
     if out:
-        plot(found, order, expected, out)
+        plot(found, order, expected, out, results, *metrics)
         print(f"written: {out}")
 
 

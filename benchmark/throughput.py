@@ -54,6 +54,7 @@ class Options:
     rows: int = 100_000  # offline rows to draw from
     naive: bool = False  # also measure benchmark/naive.py, the same update written the obvious way
     ladder: bool = False  # how it becomes fast: benchmark/naive.py with one step more in every row, then the script
+    profile: bool = False  # also which torch operations an update consists of, eager ones by name
     grid: bool = False  # vary U, N, K, batch and widths, one at a time
     against: str = ""  # another implementation's benchmark, run in alternation with this one
     json: str = ""  # also write the figures to this file
@@ -150,6 +151,22 @@ def median_times(functions: dict[str, Callable[[], Any]], repeats: int, device: 
             if repeat:
                 seconds[name].append((clock() - begin) / count)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def operations(function: Callable[[], Any], device: torch.device, calls: int = 3) -> dict[str, dict[str, float]]:
+    """Torch operation -> share of the time of `function` that is its own, and how often one call of it runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(calls):
+            function()
+    events = profiler.key_averages()
+    seconds = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events}
+    counts, total = {e.key: e.count / calls for e in events}, sum(seconds.values())
+    return {
+        key: {"share": seconds[key] / total, "calls": counts[key]} for key in sorted(seconds, key=lambda k: -seconds[k])
+    }
 
 
 def limits(device: torch.device) -> dict[str, float]:
@@ -276,6 +293,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         functions["naive"] = lambda: naive.update(draw())
         functions["naive action"] = lambda: naive.next_actions(obs)
     seconds = median_times(functions, options.repeats, device)
+    profile = operations(update, device) if options.profile else {}
     compiling.enable(False)  # a compiled function shows no operations
     moved = {name: float(traffic(functions[name])) for name in PARTS if name in functions}
     return {
@@ -288,6 +306,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         "parts_s": per_environment_step(seconds, args.utd_ratio),
         "parts_bytes": per_environment_step(moved, args.utd_ratio),
         "parts_flop": flop(agent),
+        "operations": profile,
         "data_bytes": sum(field.nbytes for field in offline.data),
         "memory_bytes": memory,
     }
@@ -321,6 +340,12 @@ def table(found: dict[str, Any], peak: dict[str, float], precision: str) -> str:
         lines += ["", "| update | ms | of the naive one |", "|---|---|---|"]
         rungs = {"naive": found["naive_s"], **found["ladder_s"], "the script": update}
         lines += [f"| {name} | {1e3 * value:,.1f} | {value / found['naive_s']:.2f} |" for name, value in rungs.items()]
+    if found["operations"]:
+        rest, shown = found["operations"], 14
+        lines += ["", "| operation | share of the time | calls per update |", "|---|---|---|"]
+        lines += [f"| {name} | {op['share']:.1%} | {op['calls']:,.0f} |" for name, op in list(rest.items())[:shown]]
+        others = [sum(op[key] for op in list(rest.values())[shown:]) for key in ("share", "calls")]
+        lines += [f"| {len(rest) - shown} others | {others[0]:.1%} | {others[1]:,.0f} |"] if len(rest) > shown else []
     return "\n".join(lines)
 
 

@@ -427,12 +427,18 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     out = capsys.readouterr().out
     rows = {line.split(" | ")[0][2:]: line for line in out.split("\n\n")[2].splitlines()}
     assert rows["expo_flow"] == (
-        "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.84 | 0.74 | ∞ (1.50 to ∞) |"
+        "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.00 | 0.84 | 0.74 | ∞ (1.50 to ∞) |"
     )
-    assert rows["rlpd"] == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.10 | 0.05 | 1 |"
+    assert (
+        rows["rlpd"]
+        == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.00 | 0.10 | 0.05 | 1 |"
+    )
     assert "| expo_flow | 11 | 12 | 13 | 12 | 15 |" in out
     assert re.search(r"^\| 10 \| 0.10 \| 0.00 \| 300", out, re.M)  # its number, not its place
     assert "MISSING maze/rlpd: seed 10" in out and "MISSING maze/expo" not in out
+    assert plot.read_results(folder)["maze"]["base_alone"][10].success.tolist() == [
+        0.1
+    ]  # not the untrained critics' .3
     assert drawn == ["expo_flow (3 seeds)", "rlpd (2 of 3 seeds)", "base_alone (3 seeds)"]
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
@@ -456,9 +462,43 @@ def test_other_versions_are_named(tmp_path, capsys):
 
 
 def test_styles_are_different_in_colour_and_without():
-    styles = [(plot.COLORS[i % 8], plot.LINES[(i + i // 8) % 4]) for i in range(24)]
-    assert len(set(styles)) == 24
-    assert len({(plot.LINES[(i + i // 8) % 4], plot.MARKERS[i % 8]) for i in range(24)}) == 24
+    styles = plot.line_styles([f"method{i}" for i in range(24)]).values()
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 24
+    assert len({(style["linestyle"], style["marker"]) for style in styles}) == 24
+
+
+def test_variants_share_their_methods_colour_and_differ_by_the_line():
+    a, b, c, d = plot.line_styles(["x+one", "x+two", "y+one", "y+two"]).values()
+    assert a["color"] == b["color"] != c["color"] == d["color"]
+    assert a["linestyle"] == c["linestyle"] != b["linestyle"] == d["linestyle"]
+
+
+def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "mpl"))
+    for task, base in (("maze", 0.0), ("pen", 100.0)):
+        write_results(tmp_path, task, "a", {1: [0.0, 1.0], 2: [0.5, 1.0], 3: [1.0, 1.0]})
+        for seed in (1, 2, 3):
+            path = tmp_path / task / "a" / f"seed{seed}" / "metrics.csv"
+            path.write_text(path.read_text().replace("-10,1.0,0.5,,", f"-10,1.0,{base + seed},,\n5,2.0,{base + 4},,"))
+    drawn, line = [], matplotlib.axes.Axes.plot
+
+    def spy(axis, *args, **style):
+        drawn.append([np.asarray(arg).tolist() for arg in args[:2]])
+        return line(axis, *args, **style)
+
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", spy)
+    plot.main(tmp_path, out=tmp_path / "out.png", metrics=("losses/critic",))
+    success = [[0, 100], [0.5, 1.0]]
+    assert [d for d in drawn if d[0] == [-10, 5]] == [[[-10, 5], [2.0, 4.0]], [[-10, 5], [102.0, 104.0]]]
+    assert drawn.count(success) == 2 and (tmp_path / "out.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match=r"has no column .edit/alpha. \(there are losses/critic, "):
+        plot.main(tmp_path, out=tmp_path / "out2.png", metrics=("edit/alpha",))
+    for path in tmp_path.glob("*/a/seed2/metrics.csv"):
+        path.write_text(path.read_text().replace("5,2.0,", "5,2.0,x"))
+    with pytest.raises(InputError, match="column 'losses/critic': could not convert string to float: 'x"):
+        plot.main(tmp_path, out=tmp_path / "out2.png", metrics=("losses/critic",))
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,9 @@ def test_refresh_draws_a_share_of_the_kept_samples_anew(script, monkeypatch):
     assert online.data.next_base_actions[:, :, 1].sum(0).tolist() == [1, 1, 1]
     calls = 2
     script.refresh(agent, offline, online, 1.0, 16)  # the online buffer is not drawn from
-    assert offline.data.next_base_actions[:, 0, 1].tolist() == [0] * 3 + [1] * 3 + [2] * 4 + [0] * 10  # the first call had 3
+    assert (
+        offline.data.next_base_actions[:, 0, 1].tolist() == [0] * 3 + [1] * 3 + [2] * 4 + [0] * 10
+    )  # the first call had 3
     assert online.data.next_base_actions[:, 0, 1].sum() == 1
 
 

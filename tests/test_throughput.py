@@ -1,17 +1,22 @@
-"""benchmark/throughput.py, its naive reference, and benchmark/soak.py."""
+"""benchmark/throughput.py, its naive reference, benchmark/overestimation.py and benchmark/soak.py."""
 
+import csv
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_agent, make_batch
+from conftest import ROOT, make_agent, make_batch, tiny_run_args
 from torch.utils.flop_counter import FlopCounterMode
 
 import expo_diffusion
-from benchmark import roofline, soak, throughput
+from benchmark import overestimation, roofline, soak, throughput
 from benchmark.naive import STEPS, NaiveExpo
 from utils.errors import InputError
 
@@ -133,13 +138,18 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_throughput_prints_and_writes(tmp_path: Path):
-    done = run("--ladder", "--json", str(tmp_path / "out.json"), "--device", "cpu")
+    done = run("--ladder", "--profile", "--json", str(tmp_path / "out.json"), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["update_s"] == json.loads(done.stdout.splitlines()[-1])["update_s"] > 0
     assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
     assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
     assert min(found["limits"].values()) > 0 and min(found["parts_bytes"].values()) > 0
+    profile = found["operations"]
+    assert sum(op["share"] for op in profile.values()) == pytest.approx(1)
+    # Two critic updates, and one each of base policy, edit policy and temperature.
+    assert profile["Optimizer.step#Adam.step"]["calls"] == 4 and profile["Optimizer.step#AdamW.step"]["calls"] == 1
+    assert "| aten::addmm |" in done.stdout and re.search(r"^\| \d+ others \| ", done.stdout, re.M)
     assert [f"+ {step}" for step in STEPS] == list(found["ladder_s"]) and "| + drawn critics only |" in done.stdout
 
 
@@ -167,3 +177,63 @@ def test_soak_tells_steady_from_unsteady(tmp_path: Path):
     assert "memory grew" in soak.problems(soak.sixths(looks(memory=10**6)))[0]
     assert "open files grew" in soak.problems(soak.sixths(looks(files=0.1)))[0]
     assert "steps per CPU second fell" in soak.problems(soak.sixths(looks(slower=0.3)))[0]
+
+
+# --------------------------------------------------------------------------------------------------- over-estimation
+
+
+def test_discounted_returns_leave_out_what_is_not_complete():
+    rewards, gamma = np.array([1.0, 2.0, 3.0, 4.0]), 0.5
+    expected = [1 + 1 + 0.75 + 0.5, 2 + 1.5 + 1, 3 + 2, 4]
+    assert overestimation.discounted_returns(rewards, gamma, terminated=True).tolist() == expected
+    # Cut by time: of four rewards even the first return misses .5^4 = .0625; of six, the first two miss less than .05.
+    assert len(overestimation.discounted_returns(rewards, gamma, terminated=False)) == 0
+    assert overestimation.discounted_returns(np.ones(6), gamma, terminated=False) == pytest.approx([63 / 32, 31 / 16])
+
+
+class Corridor(gym.Env):
+    """Ten steps to the goal, one per action; reward 1 there."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(3, self.t / 10, np.float32), float(self.t == 10), self.t == 10, False, {}
+
+
+def test_overestimation_is_q_less_the_scaled_return(script, monkeypatch):
+    agent = make_agent(script, gamma=0.9, reward_scale=5.0, reward_shift=-1.0, eval_episodes=3)
+    qs = torch.tensor([1.0, 3.0])
+    monkeypatch.setattr(agent.critic, "forward", lambda obs, actions: qs[:, None] + 10 * obs[:, 0])
+    envs = [overestimation.Recorder(Corridor()) for _ in range(2)]
+    found = overestimation.overestimation(agent, agent.on_the_fly_actions, envs, agent.args, 0)
+    returns = [sum(-(0.9**i) for i in range(n)) + 5 * 0.9 ** (n - 1) for n in range(1, 11)]
+    assert found["value/q"] == pytest.approx(2 + 4.5) and found["value/return"] == pytest.approx(np.mean(returns))
+    assert found["value/overestimation"] == pytest.approx(found["value/q"] - found["value/return"])
+    assert sum(len(env.episodes) for env in envs) == 3
+
+
+@pytest.mark.parametrize("name", ["expo_diffusion", "baselines.rlpd"])
+def test_measuring_changes_nothing_of_the_training(name, tmp_path):
+    script = importlib.import_module(name)
+    rows = []
+    for place in ("alone", "measured"):
+        args = tiny_run_args(script, tmp_path / place, total_timesteps=6, offline_steps=2, eval_every=3, log_every=2)
+        with pytest.MonkeyPatch.context() as patch:
+            if place == "measured":
+                patch.setattr(script, "Evaluation", overestimation.MeasuringEvaluation)
+            script.main(args)
+        with open(tmp_path / place / "metrics.csv") as file:
+            rows.append(list(csv.DictReader(file)))
+    columns = [key for key in rows[0][0] if key != "seconds"]
+    assert [[row[key] for key in columns] for row in rows[0]] == [[row[key] for key in columns] for row in rows[1]]
+    evaluations = [row for row in rows[1] if row["eval/return"]]
+    assert len(evaluations) == 3
+    for row in evaluations:
+        gap = float(row["value/q"]) - float(row["value/return"])
+        assert float(row["value/overestimation"]) == pytest.approx(gap, abs=1e-5)

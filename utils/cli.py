@@ -113,7 +113,7 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, description: str
     if name:
         task = TASKS[name]
         settings |= {"env_id": task.env_id, "dataset": task.dataset}
-        settings |= {key: value for key, value in task.settings.items() if key in fields}
+        settings |= task.defaults(fields)
     default = dataclasses.replace(default, **settings)
     args = _read_flags(cls, default, argv, description)
     check_ranges(args)

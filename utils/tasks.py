@@ -1,5 +1,6 @@
 """The table of tasks: environment, data, and every flag default that a task sets differently from the scripts."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ class Task:
         about: one line for `--help` and `python -m utils.data list`.
         settings: flag name -> default of this task; a flag given on the command line wins. Flags that a script does not
             have (a baseline's) are passed over there.
+        finetune: more settings, for expo_finetune.py alone; they go before the others.
         env_kwargs: handed to `gymnasium.make`.
         source: where the settings are from.
     """
@@ -27,8 +29,15 @@ class Task:
     dataset: tuple[str, ...]
     about: str
     settings: dict[str, Any]
+    finetune: dict[str, Any] = field(default_factory=dict)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = "ours"
+
+    def defaults(self, flags: Collection[str]) -> dict[str, Any]:
+        """Flag name -> default of this task, for a script that has these `flags`."""
+        finetunes = "pretrained" in flags
+        settings = {**self.settings, **(self.finetune if finetunes else {})}
+        return {name: value for name, value in settings.items() if name in flags}
 
 
 # Sized for a laptop CPU: small networks, few samples, warm critics before the first environment step.
@@ -125,12 +134,13 @@ def _adroit(name: str, about: str) -> Task:
     return Task(f"expo/Adroit{name.capitalize()}Binary-v1", data, about, ADROIT, source="published; data: docs/data.md")
 
 
-def _robomimic(name: str, about: str, **settings: Any) -> Task:
+def _robomimic(name: str, about: str, finetune: dict[str, Any] | None = None, **settings: Any) -> Task:
     return Task(
         env_id=f"expo/Robomimic{name.capitalize()}-v1",
         dataset=(f"robomimic:{name}/ph",),
         about=about,
         settings={**ROBOMIMIC, "obs_keys": OBS_KEYS, **settings},
+        finetune=finetune or {},
         env_kwargs={"obs_keys": OBS_KEYS},
         source="published",
     )
@@ -153,7 +163,9 @@ TASKS |= {
     "adroit-hammer-binary": _adroit("hammer", "a hand drives in a nail"),
     "robomimic-lift": _robomimic("lift", "an arm lifts a cube", total_timesteps=120_000),
     "robomimic-can": _robomimic("can", "an arm puts a can into its bin", total_timesteps=120_000),
-    "robomimic-square": _robomimic("square", "an arm puts a square nut on its peg", pretrain_steps=200_000),
+    "robomimic-square": _robomimic(
+        "square", "an arm puts a square nut on its peg", {"edit_scale": 0.1}, pretrain_steps=200_000
+    ),
     "ogbench-cube-single": _ogbench("cube-single", "expo/OGBenchCubeSingle-v0", "an arm moves a cube to its place"),
     "ogbench-cube-double": _ogbench("cube-double", "expo/OGBenchCubeDouble-v0", "an arm moves two cubes"),
     "ogbench-scene": _ogbench("scene", "expo/OGBenchScene-v0", "an arm with a cube, buttons, a drawer and a window"),
