@@ -223,7 +223,8 @@ def test_measuring_changes_nothing_of_the_training(name, tmp_path):
     script = importlib.import_module(name)
     rows = []
     for place in ("alone", "measured"):
-        args = tiny_run_args(script, tmp_path / place, total_timesteps=6, offline_steps=2, eval_every=3, log_every=2)
+        flags = {"total_timesteps": 6, "offline_steps": 2, "eval_every": 3, "log_every": 2, "gamma": 0.5}
+        args = tiny_run_args(script, tmp_path / place, **flags)
         with pytest.MonkeyPatch.context() as patch:
             if place == "measured":
                 patch.setattr(script, "Evaluation", overestimation.MeasuringEvaluation)
