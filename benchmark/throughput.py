@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
 
 from benchmark.naive import STEPS, NaiveExpo
-from utils import cli, compiling
+from utils import cli, compiling, logger
 from utils.buffer import Batch, ReplayBuffer
 from utils.data import Dataset
 from utils.errors import exit_on_input_error
@@ -283,6 +283,10 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
     }
     if args.num_edit_samples:
         functions["edit"] = edit_step
+    rows = 2048 if device.type == "cpu" else 16_384  # about those of a part of the chain
+    width, inner = args.base_hidden_dim, args.base_hidden_dim * args.base_expansion
+    factors = [torch.randn(shape, device=device) for shape in ((rows, width), (width, inner), (inner, width))]
+    functions["block"] = lambda: factors[0] @ factors[1] @ factors[2]
     if options.ladder:
         for count in range(1, len(STEPS) + 1):
             steps = list(STEPS)[:count]
@@ -306,6 +310,7 @@ def measure(script: Any, args: Any, obs_dim: int, action_dim: int, options: Opti
         "parts_s": per_environment_step(seconds, args.utd_ratio),
         "parts_bytes": per_environment_step(moved, args.utd_ratio),
         "parts_flop": flop(agent),
+        "block_flops": 4 * rows * width * inner / seconds["block"],
         "operations": profile,
         "data_bytes": sum(field.nbytes for field in offline.data),
         "memory_bytes": memory,
@@ -331,6 +336,9 @@ def table(found: dict[str, Any], peak: dict[str, float], precision: str) -> str:
     sampled = found["parts_flop"]["chain"] + found["parts_flop"]["edits"]
     least = sampled / peak[precision] + (total - sampled) / peak["float32"]
     lines += ["", f"limit of its products on this machine: {1e3 * least:,.2f} ms ({least / update:.0%} reached)"]
+    lines += [
+        f"float32 products of the chain's own shapes, without anything between: {found['block_flops'] / 1e9:,.0f} GFLOP/s"
+    ]
     lines += [f"one action: {1e3 * found['action_s']:.2f} ms; first update and action: {found['first_s']:.1f} s"]
     lines += [f"memory beside {found['data_bytes'] / 1e6:,.0f} MB of data: {found['memory_bytes'] / 1e6:,.0f} MB"]
     if found["naive_s"]:
@@ -423,8 +431,18 @@ def main() -> None:
         rates = ", ".join(f"{key} {peak[key] / 1e9:,.0f} GFLOP/s" for key in ("float32", "bfloat16"))
         print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s\n")
         print(table(found, peak, args.precision) + "\n")
-    versions = {"torch": torch.__version__, "python": sys.version.split()[0], "cpus": os.cpu_count()}
-    result = {"command": sys.argv[1:], "limits": peak, "threads": torch.get_num_threads(), **versions, **found}
+    words = [*sys.argv[1:]]
+    if options.json in words:  # where the file lies is no part of the measurement
+        at = words.index(options.json)
+        words = words[: at - 1] + words[at + 1 :]
+    result = {
+        "command": words,
+        "versions": logger.versions(),
+        "cpus": os.cpu_count(),
+        "limits": peak,
+        "threads": torch.get_num_threads(),
+        **found,
+    }
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({"update_s": found["update_s"]} if not options.grid else {}))
