@@ -336,9 +336,8 @@ def table(found: dict[str, Any], peak: dict[str, float], precision: str) -> str:
     sampled = found["parts_flop"]["chain"] + found["parts_flop"]["edits"]
     least = sampled / peak[precision] + (total - sampled) / peak["float32"]
     lines += ["", f"limit of its products on this machine: {1e3 * least:,.2f} ms ({least / update:.0%} reached)"]
-    lines += [
-        f"float32 products of the chain's own shapes, without anything between: {found['block_flops'] / 1e9:,.0f} GFLOP/s"
-    ]
+    rate = f"{found['block_flops'] / 1e9:,.0f} GFLOP/s"
+    lines += [f"float32 products of the chain's own shapes, nothing between them: {rate}"]
     lines += [f"one action: {1e3 * found['action_s']:.2f} ms; first update and action: {found['first_s']:.1f} s"]
     lines += [f"memory beside {found['data_bytes'] / 1e6:,.0f} MB of data: {found['memory_bytes'] / 1e6:,.0f} MB"]
     if found["naive_s"]:
@@ -373,7 +372,7 @@ def variations(args: Any) -> dict[str, dict[str, int]]:
 
 def compare(command: str, repeats: int) -> None:
     """Runs another implementation's benchmark and this one in alternation and prints the ratio of the medians."""
-    own = [sys.executable, __file__, *(word for word in _without_against(sys.argv[1:])), "--repeats", "1"]
+    own = [sys.executable, __file__, *_without("--against", sys.argv[1:]), "--repeats", "1"]
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(repeats):
         for name, words in (("ours", own), ("theirs", shlex.split(command))):
@@ -390,11 +389,12 @@ def compare(command: str, repeats: int) -> None:
     print(f"ours {ours:.4f} s, theirs {theirs:.4f} s per environment step: {ours / theirs:.3f} of it ({repeats} pairs)")
 
 
-def _without_against(words: list[str]) -> list[str]:
-    if "--against" in words:
-        at = words.index("--against")
+def _without(flag: str, words: list[str]) -> list[str]:
+    """A command line without a flag and its value."""
+    if flag in words:
+        at = words.index(flag)
         words = words[:at] + words[at + 2 :]
-    return [word for word in words if not word.startswith("--against=")]
+    return [word for word in words if not word.startswith(f"{flag}=")]
 
 
 def main() -> None:
@@ -431,12 +431,8 @@ def main() -> None:
         rates = ", ".join(f"{key} {peak[key] / 1e9:,.0f} GFLOP/s" for key in ("float32", "bfloat16"))
         print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s\n")
         print(table(found, peak, args.precision) + "\n")
-    words = [*sys.argv[1:]]
-    if options.json in words:  # where the file lies is no part of the measurement
-        at = words.index(options.json)
-        words = words[: at - 1] + words[at + 1 :]
     result = {
-        "command": words,
+        "command": _without("--json", sys.argv[1:]),  # where the file lies is no part of it
         "versions": logger.versions(),
         "cpus": os.cpu_count(),
         "limits": peak,
