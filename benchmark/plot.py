@@ -119,24 +119,22 @@ def read_results(folder: Path) -> Results:
     return {task: {m: dict(sorted(c.items())) for m, c in methods.items()} for task, methods in results.items()}
 
 
-def read_metric(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and values (n,) of one column of a metrics.csv that `read_curve` has read; offline steps are below 0.
+def read_metric(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps (n,) and values (n,) of one column of a metrics.csv that `read_curve` has read; None if it is not there.
+
+    Offline steps are below 0.
 
     Raises:
-        InputError: there is no such column, or nothing in it, or no number.
+        InputError: it holds something that is no number.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if key not in rows[0]:
-        raise InputError(f"{path} has no column {key!r} (there are {', '.join(list(rows[0])[2:])})")
     try:
-        found = [(float(row["step"]), float(row[key])) for row in rows if row[key]]
+        found = [(float(row["step"]), float(row[key])) for row in rows if row.get(key)]
     except ValueError as error:
         raise InputError(f"{path}, column {key!r}: {reason(error)}") from None
-    if not found:
-        raise InputError(f"{path}: column {key!r} is empty")
-    steps, values = np.array(found).T
-    return steps, values
+    steps, values = np.array(found).reshape(-1, 2).T
+    return (steps, values) if found else None
 
 
 def expected_seeds(results: Results, grid: Path | None) -> dict[tuple[str, str], set[int]]:
@@ -312,7 +310,7 @@ def plot(
     """A row of panels per task: success, then one panel for each of the `metrics`; `out` gets the picture.
 
     Raises:
-        InputError: the seeds of a method were evaluated at different steps, or a metric was not logged.
+        InputError: the seeds of a method were evaluated at different steps, or nobody logged a metric.
     """
     import matplotlib
 
@@ -336,15 +334,20 @@ def plot(
                 style = styles[method] | {"color": COLORS[1], "linestyle": "--"}
                 draw(panels[0], base, style, name, f"its base policy alone ({seeds} seeds)")
             for axis, metric in zip(panels[1:], metrics, strict=True):
-                paths = [folder / task / method / f"seed{seed}" / "metrics.csv" for seed in curves]
-                draw(axis, [read_metric(path, metric) for path in paths], styles[method], f"{name}, {metric}", label)
+                places = [folder / task / method / f"seed{seed}" / "metrics.csv" for seed in curves]
+                logged = [found for path in places if (found := read_metric(path, metric))]
+                if logged:  # not by every script
+                    draw(axis, logged, styles[method], f"{name}, {metric}", label)
         panels[0].set(title=task, ylim=(-0.03, 1.03), ylabel="success rate (interquartile mean, 95 % interval)")
         for axis, metric in zip(panels[1:], metrics, strict=True):
+            if not axis.lines:
+                raise InputError(f"--metrics {metric}: no run of {task} has logged it")
             axis.set(title=metric)
             if metric == "edit/alpha":
                 axis.set_yscale("log")
         for axis in panels:
             axis.set(xlabel="environment steps")
+            axis.locator_params(axis="x", nbins=6)
             axis.grid(alpha=0.25)
         if not metrics:
             panels[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8.5)
@@ -377,6 +380,7 @@ def main(
     grid: Path | None = None,
     against: str = "rlpd",
     metrics: tuple[str, ...] = (),
+    methods: tuple[str, ...] = (),
 ) -> None:
     """Prints tables per task and, with --out, writes the learning curves.
 
@@ -386,6 +390,7 @@ def main(
         per_seed: print a table with a row per seed, too.
         grid: the grid, to know which runs are missing; unset: the one of the results' name in benchmark/grids.
         against: the method that steps to 90 % are compared with.
+        methods: only these; unset: all.
         metrics: columns of metrics.csv to draw beside success, as edit/alpha; below step 0 is what is learned offline.
     """
     found = read_results(results)
@@ -393,16 +398,24 @@ def main(
         grid = named
     expected = expected_seeds(found, grid)
     print_versions(results)
+    unknown = [method for method in methods if not any(method in by_method for by_method in found.values())]
+    if unknown:
+        raise InputError(f"--methods {unknown[0]}: {results} has no such method")
+    if methods:
+        found = {
+            task: {m: curves for m, curves in by_method.items() if m in methods} for task, by_method in found.items()
+        }
+        expected = {key: seeds for key, seeds in expected.items() if key[1] in methods}
     order = list(dict.fromkeys(method for methods in found.values() for method in methods))
     known = ["expo_diffusion", "expo_flow", "expo_finetune", "no_edit", "rlpd", "idql", "diffusion_ql", "base_alone"]
     rank = {method: known.index(name) for method in order if (name := method.split("+")[0]) in known}
     order.sort(key=lambda method: (rank.get(method, len(known)), method))
-    for task, methods in found.items():
-        here = [method for method in order if method in methods]
-        counts = {method: len(expected[task, method].union(methods[method])) for method in here}
-        print(f"{task}\n\n{table(methods, here, counts, against)}\n\n{seconds_table(methods, here)}\n")
+    for task, curves in found.items():
+        here = [method for method in order if method in curves]
+        counts = {method: len(expected[task, method].union(curves[method])) for method in here}
+        print(f"{task}\n\n{table(curves, here, counts, against)}\n\n{seconds_table(curves, here)}\n")
         for method in here if per_seed else []:
-            print(f"{method}, by seed\n\n{seed_table(methods[method])}\n")
+            print(f"{method}, by seed\n\n{seed_table(curves[method])}\n")
     for (task, method), seeds in expected.items():
         missing = sorted(seeds - set(found.get(task, {}).get(method, {})))
         if missing:

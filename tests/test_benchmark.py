@@ -441,6 +441,11 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     ]  # not the untrained critics' .3
     assert drawn == ["expo_flow (3 seeds)", "rlpd (2 of 3 seeds)", "base_alone (3 seeds)"]
     assert (tmp_path / "out.png").stat().st_size > 10_000
+    plot.main(folder, methods=("expo_flow",))
+    out = capsys.readouterr().out
+    assert "| expo_flow | 3 |" in out and "rlpd" not in out and "base_alone" not in out
+    with pytest.raises(InputError, match=r"--methods expo_flaw: .*some_grid has no such method"):
+        plot.main(folder, methods=("expo_flow", "expo_flaw"))
 
 
 def test_seeds_and_methods_that_the_grid_has_and_the_results_lack_are_named(tmp_path, capsys):
@@ -493,7 +498,7 @@ def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch):
     success = [[0, 100], [0.5, 1.0]]
     assert [d for d in drawn if d[0] == [-10, 5]] == [[[-10, 5], [2.0, 4.0]], [[-10, 5], [102.0, 104.0]]]
     assert drawn.count(success) == 2 and (tmp_path / "out.png").stat().st_size > 10_000
-    with pytest.raises(InputError, match=r"has no column .edit/alpha. \(there are losses/critic, "):
+    with pytest.raises(InputError, match="--metrics edit/alpha: no run of maze has logged it"):
         plot.main(tmp_path, out=tmp_path / "out2.png", metrics=("edit/alpha",))
     for path in tmp_path.glob("*/a/seed2/metrics.csv"):
         path.write_text(path.read_text().replace("5,2.0,", "5,2.0,x"))
