@@ -373,9 +373,9 @@ def variations(args: Any) -> dict[str, dict[str, int]]:
 def compare(command: str, repeats: int) -> None:
     """Runs another implementation's benchmark and this one in alternation and prints the ratio of the medians."""
     own = [sys.executable, __file__, *_without("--against", sys.argv[1:]), "--repeats", "1"]
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    seconds: dict[str, list[float]] = {"theirs": [], "ours": []}  # theirs first: it is the one that may fail
     for _ in range(repeats):
-        for name, words in (("ours", own), ("theirs", shlex.split(command))):
+        for name, words in (("theirs", shlex.split(command)), ("ours", own)):
             done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
             lines = done.stdout.strip().splitlines()
             try:
@@ -385,7 +385,7 @@ def compare(command: str, repeats: int) -> None:
                 raise SystemExit(
                     f"error: {shlex.join(words)} printed no JSON with update_s last; it said: {tail}"
                 ) from None
-    ours, theirs = (statistics.median(values) for values in seconds.values())
+    theirs, ours = (statistics.median(values) for values in seconds.values())
     print(f"ours {ours:.4f} s, theirs {theirs:.4f} s per environment step: {ours / theirs:.3f} of it ({repeats} pairs)")
 
 
