@@ -264,6 +264,19 @@ def seed_table(curves: dict[int, Curve]) -> str:
     return markdown(head, rows)
 
 
+def metric_table(folder: Path, methods: dict[str, dict[int, Curve]], order: list[str], metrics: tuple[str, ...]) -> str:
+    """A row per method: of every metric the last value, median over seeds."""
+    rows = []
+    for method in order:
+        cells = [method]
+        for metric in metrics:
+            places = [folder / method / f"seed{seed}" / "metrics.csv" for seed in methods[method]]
+            values = [found[1][-1] for path in places if (found := read_metric(path, metric))]
+            cells.append(f"{np.median(values):.3g}" if values else "-")
+        rows.append(cells)
+    return markdown(["method", *(f"{metric}, last" for metric in metrics)], rows)
+
+
 def count_of(found: int, expected: int) -> str:
     """5, or "3 of 5" where seeds are missing."""
     return str(found) if found >= expected else f"{found} of {expected}"
@@ -414,6 +427,8 @@ def main(
         here = [method for method in order if method in curves]
         counts = {method: len(expected[task, method].union(curves[method])) for method in here}
         print(f"{task}\n\n{table(curves, here, counts, against)}\n\n{seconds_table(curves, here)}\n")
+        if metrics:
+            print(f"{metric_table(results / task, curves, here, metrics)}\n")
         for method in here if per_seed else []:
             print(f"{method}, by seed\n\n{seed_table(curves[method])}\n")
     for (task, method), seeds in expected.items():

@@ -478,7 +478,7 @@ def test_variants_share_their_methods_colour_and_differ_by_the_line():
     assert a["linestyle"] == c["linestyle"] != b["linestyle"] == d["linestyle"]
 
 
-def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch):
+def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch, capsys):
     import matplotlib.axes
 
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "mpl"))
@@ -495,6 +495,7 @@ def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch):
 
     monkeypatch.setattr("matplotlib.axes.Axes.plot", spy)
     plot.main(tmp_path, out=tmp_path / "out.png", metrics=("losses/critic",))
+    assert re.findall(r"^\| a \| (\d+) \|$", capsys.readouterr().out, re.M) == ["4", "104"]  # the last values
     success = [[0, 100], [0.5, 1.0]]
     assert [d for d in drawn if d[0] == [-10, 5]] == [[[-10, 5], [2.0, 4.0]], [[-10, 5], [102.0, 104.0]]]
     assert drawn.count(success) == 2 and (tmp_path / "out.png").stat().st_size > 10_000
