@@ -117,6 +117,9 @@ def test_published_settings():
     assert cli.parse_args(expo_finetune.Args, ["--task", "antmaze-large-play"]).pretrain_steps == 500_000
     assert cli.parse_args(expo_finetune.Args, ["--task", "antmaze-large-play"]).learning_starts == 0
     assert cli.parse_args(expo_finetune.Args, ["--task", "robomimic-square"]).pretrain_steps == 200_000
+    adroit = cli.parse_args(expo_finetune.Args, ["--task", "adroit-door-binary"])
+    assert (adroit.pretrain_steps, adroit.offline_steps, adroit.edit_scale) == (20_000, 2000, 0.05)
+    assert cli.parse_args(expo_finetune.Args, ["--task", "adroit-door-binary", "--edit-scale", "0.7"]).edit_scale == 0.7
     for name, limit in (
         ("adroit-pen-binary", 100),
         ("adroit-door-binary", 200),

@@ -107,6 +107,7 @@ ADROIT = {
     "total_timesteps": 300_000,
     "pretrain_steps": 20_000,  # ours: published are online runs only
 }
+ADROIT_FINETUNE = {"edit_scale": 0.05, "offline_steps": 2000}  # [ours 7] edits of .7 lose the prior: docs/results.md
 ROBOMIMIC = {"edit_scale": 0.05, "eval_every": 10_000, "total_timesteps": 150_000}
 OGBENCH = {"edit_scale": 0.1, "eval_every": 25_000, "total_timesteps": 500_000}
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
@@ -131,7 +132,8 @@ def _antmaze(name: str, env_id: str, about: str) -> Task:
 
 def _adroit(name: str, about: str) -> Task:
     data = (f"d4rl:{name}-human-v1", f"d4rl:{name}-cloned-v1")
-    return Task(f"expo/Adroit{name.capitalize()}Binary-v1", data, about, ADROIT, source="published; data: docs/data.md")
+    env_id, source = f"expo/Adroit{name.capitalize()}Binary-v1", "published, but for fine-tuning; data: docs/data.md"
+    return Task(env_id, data, about, ADROIT, finetune=ADROIT_FINETUNE, source=source)
 
 
 def _robomimic(name: str, about: str, finetune: dict[str, Any] | None = None, **settings: Any) -> Task:
