@@ -43,8 +43,8 @@ def main() -> None:
     """Parses --change and --script and hands the rest on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--change", choices=CHANGES, required=True)
-    options, sys.argv[1:] = parser.parse_known_args()
-    script, rest = wrapped_script(("expo_diffusion", "expo_flow", "expo_finetune"))
+    options, rest = parser.parse_known_args()
+    script, rest = wrapped_script(("expo_diffusion", "expo_flow", "expo_finetune"), rest)
     CHANGES[options.change](script)
     cli.run(script.main, script.Args, script.__doc__, rest)
 

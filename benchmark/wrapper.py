@@ -10,12 +10,15 @@ from utils.errors import exit_on_input_error
 from utils.logger import read_record
 
 
-def wrapped_script(scripts: Sequence[str]) -> tuple[Any, list[str]]:
-    """The script that `--script` names, or that made the run to `--resume`, or the first; and all other flags."""
+def wrapped_script(scripts: Sequence[str], flags: Sequence[str] | None = None) -> tuple[Any, list[str]]:
+    """The script that `--script` names, or that made the run to `--resume`, or the first; and all other flags.
+
+    flags: those of the command line unless given.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--script", choices=scripts)
     parser.add_argument("--resume", type=Path)
-    options, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args(flags)
     if options.resume:
         rest += ["--resume", str(options.resume)]
     with exit_on_input_error():

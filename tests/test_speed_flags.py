@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SCRIPTS, TINY_RUN, flags_of, make_agent, make_args, make_batch, tiny_run_args
 
 import expo_flow
+from benchmark import ablation
 from benchmark.emulate_bfloat16 import RoundedProducts
 from utils import compiling, data
 from utils.buffer import ReplayBuffer
@@ -102,6 +103,57 @@ def test_a_run_with_emulated_bfloat16(tmp_path):
     record = read_record(tmp_path / "run")
     assert record["script"] == "expo_flow" and record["args"]["precision"] == "bfloat16"
     assert record["command"] == ["emulate_bfloat16.py", *flags]
+
+
+def test_ablation_acting_only(script, monkeypatch):
+    """One candidate in the target, a base action as it is; acting has all candidates as before."""
+    monkeypatch.setattr(script, "next_candidates", script.next_candidates)  # put back afterwards
+    agent = make_agent(script, num_base_samples=3, num_edit_samples=3)
+    obs, batch = torch.randn(7, 3), next_batch(torch.randn(2, 8, 3))
+    torch.manual_seed(0)
+    usual = script.next_candidates(agent, batch)
+    torch.manual_seed(1)
+    action = agent(obs)
+    ablation.acting_only(script)
+    torch.manual_seed(0)
+    assert usual.shape[2] == 6 and torch.equal(script.next_candidates(agent, batch), usual[:, :, :1])
+    torch.manual_seed(0)
+    assert torch.equal(
+        usual[:, :, 0], script.sample_next(agent, batch.next_obs.flatten(0, 1)).unflatten(0, (2, 8))[:, :, 0]
+    )
+    torch.manual_seed(1)
+    assert torch.equal(agent(obs), action)
+
+
+def test_ablation_online_base(script, monkeypatch):
+    """Acting asks the base policy itself, and not its moving average, for actions; otherwise nothing changes."""
+    monkeypatch.setattr(script.Agent, "on_the_fly_actions", script.Agent.on_the_fly_actions)
+    monkeypatch.setattr(script.Agent, "forward", script.Agent.forward)
+    agent, obs = make_agent(script), torch.randn(7, 3)
+    with torch.no_grad():
+        for p in agent.base_policy.parameters():
+            p += 0.5 * torch.randn_like(p)
+    torch.manual_seed(0)
+    with_average = agent(obs)
+    ablation.online_base(script)
+    torch.manual_seed(0)
+    action = agent(obs)
+    assert not torch.allclose(action, with_average)
+    agent.target_base_policy.load_state_dict(agent.base_policy.state_dict())
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    assert torch.equal(agent(obs), action)
+
+
+def test_a_run_of_an_ablation(tmp_path):
+    """The script's own run, recorded with the flags that it was started with."""
+    flags = ["--change", "acting_only", "--script", "expo_flow"]
+    flags += flags_of(expo_flow, {**TINY_RUN, "run_dir": tmp_path / "run"})
+    command = [sys.executable, "benchmark/ablation.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = read_record(tmp_path / "run")
+    assert record["script"] == "expo_flow" and record["command"] == ["ablation.py", *flags]
 
 
 def test_compile_needs_a_compiler(monkeypatch):
