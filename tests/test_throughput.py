@@ -145,12 +145,8 @@ def test_throughput_prints_and_writes(tmp_path: Path):
     assert found["naive_s"] > 0 and found["action_s"] > 0 and set(found["parts_s"]) == set(throughput.PARTS)
     assert all(f"| {part} |" in done.stdout for part in throughput.PARTS) and "naive update" in done.stdout
     assert min(found["limits"].values()) > 0 and min(found["parts_bytes"].values()) > 0
-    assert (
-        found["block_flops"] > 0
-        and 0 < found["action_products_s"]
-        and "--json" not in found["command"]
-        and "--ladder" in found["command"]
-    )
+    assert found["block_flops"] > 0 and found["action_products_s"] > 0
+    assert "--json" not in found["command"] and "--ladder" in found["command"]
     profile = found["operations"]
     assert sum(op["share"] for op in profile.values()) == pytest.approx(1)
     # Two critic updates, and one each of base policy, edit policy and temperature.
