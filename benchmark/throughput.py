@@ -170,7 +170,11 @@ def operations(function: Callable[[], Any], device: torch.device, calls: int = 3
 
 
 def limits(device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large product in both precisions (the better of two sizes) and bytes/s of a copy, on this machine."""
+    """FLOP/s of a large product in both precisions (the better of two sizes) and bytes/s of a copy, on this machine.
+
+    Also what torch.set_float32_matmul_precision("medium") makes of float32: `medium_speed` in that of "highest", and
+    the largest error under both as a share of the largest entry.
+    """
     found = {}
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -184,6 +188,19 @@ def limits(device: torch.device) -> dict[str, float]:
             times = median_times({"product": lambda a=a, b=b: a @ b}, 1 if slow else 5, device)
             best = max(best, 2 * size**3 / times["product"])
         found[name] = best
+    a, b = (torch.randn(sizes[0], sizes[0], device=device) for _ in range(2))
+    exact, before = a.double() @ b.double(), torch.get_float32_matmul_precision()
+
+    def product(precision: str) -> torch.Tensor:
+        torch.set_float32_matmul_precision(precision)
+        return a @ b
+
+    precisions = {name: lambda name=name: product(name) for name in ("highest", "medium")}
+    times = median_times(precisions, 9, device)
+    found["medium_speed"] = times["highest"] / times["medium"]
+    for name, function in precisions.items():
+        found[f"{name}_error"] = ((function().double() - exact).abs().max() / exact.abs().max()).item()
+    torch.set_float32_matmul_precision(before)
     source = torch.zeros(2**26, device=device)
     target = torch.empty_like(source)
     copy = median_times({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
@@ -433,7 +450,9 @@ def main() -> None:
         found = measure(script, args, *dims, options)
         peak = limits(device)  # afterwards, since its large matrices would hide the memory that an update needs
         rates = ", ".join(f"{key} {peak[key] / 1e9:,.0f} GFLOP/s" for key in ("float32", "bfloat16"))
-        print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s\n")
+        print(f"products {rates}; copy {peak['copy'] / 1e9:.0f} GB/s")
+        medium = f"{peak['medium_speed']:.2f} times as fast, errors {peak['medium_error']:.0e}"
+        print(f"float32 products under matmul precision medium: {medium} (highest: {peak['highest_error']:.0e})\n")
         print(table(found, peak, args.precision) + "\n")
     result = {
         "command": _without("--json", sys.argv[1:]),  # where the file lies is no part of it
