@@ -5,6 +5,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,56 @@ def test_ablation_online_base(script, monkeypatch):
     monkeypatch.undo()
     torch.manual_seed(0)
     assert torch.equal(agent(obs), action)
+
+
+def test_ablation_growing_edits(script, monkeypatch):
+    """The bound is .05 while offline, grows by the online update, and the entropy target is that of the bound."""
+    monkeypatch.setattr(script, "update", script.update)
+    agent = make_agent(script, edit_scale=0.65, offline_steps=2, total_timesteps=4)
+    optimizers = script.make_optimizers(agent, agent.args)
+    ablation.growing_edits(script)
+    scales = []
+    for _ in range(8):
+        scales.append(float(script.update(agent, optimizers, make_batch(2, 5))["edit/scale"]))
+        assert agent.edit_policy.scale == pytest.approx(scales[-1])
+        fixed = make_agent(script, edit_scale=scales[-1])
+        assert agent.target_entropy == pytest.approx(fixed.target_entropy)
+    assert scales == pytest.approx([0.05, 0.05, 0.05, 0.2, 0.35, 0.5, 0.65, 0.65])
+
+
+def test_ablation_base_until_better(script, monkeypatch):
+    """Which policy acts follows from the last evaluation; the row is about the one that acted until then."""
+    for name in ("on_the_fly_actions", "forward"):
+        monkeypatch.setattr(script.Agent, name, getattr(script.Agent, name))
+    monkeypatch.setattr(script, "Evaluation", script.Evaluation)
+    agent, obs = make_agent(script), torch.randn(7, 3)
+    torch.manual_seed(0)
+    chosen = agent(obs)
+    monkeypatch.setattr(script.Agent, "trusted", False, raising=False)
+    ablation.base_until_better(script)
+    success = {"on_the_fly": 0.0, "base": 0.0}
+    rows = []
+
+    class Results:
+        def __init__(self, policy):
+            self.rate = success["on_the_fly" if "on_the_fly" in policy.__qualname__ else "base"]
+            self.trusted = agent.trusted
+
+        def metrics(self, prefix):
+            assert self.trusted  # or the on-the-fly policy would not be what is evaluated
+            return {prefix + name: self.rate for name in ("success_rate", "return", "length")}
+
+    monkeypatch.setattr(script.Evaluation, "_episodes", lambda self, policy: Results(policy))
+    logger = SimpleNamespace(write_evaluation=lambda step, values: rows.append(values["eval/success_rate"]))
+    evaluation = script.Evaluation.__new__(script.Evaluation)
+    for on_the_fly, base, trusted, reported in ((0.1, 0.4, False, 0.4), (0.5, 0.5, True, 0.5), (0.2, 0.3, False, 0.2)):
+        success.update(on_the_fly=on_the_fly, base=base)
+        evaluation.run(logger, 0, agent.on_the_fly_actions, agent.target_base_policy.sample)
+        assert agent.trusted == trusted and rows[-1] == reported
+        torch.manual_seed(0)
+        action = agent(obs)
+        torch.manual_seed(0)
+        assert torch.equal(action, chosen if trusted else agent.target_base_policy.sample(obs))
 
 
 def test_a_run_of_an_ablation(tmp_path):
