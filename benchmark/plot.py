@@ -1,6 +1,7 @@
-"""Tables and learning curves from the results of a grid.
+"""Tables and learning curves from the results of one or more grids.
 
     python benchmark/plot.py benchmark/results/mazes --out docs/images/mazes.png
+    python benchmark/plot.py benchmark/results/mazes benchmark/results/pen --level 0.5 --out both.png
     python benchmark/plot.py benchmark/results/mazes --metrics edit/alpha edit/entropy --out edits.png
 
 Curves are interquartile means over seeds with 95 % bootstrap intervals. "Steps to 90 %" is the first evaluation with
@@ -30,6 +31,9 @@ from utils.logger import read_record
 # Okabe-Ito, readable for the colour-blind; lines and markers tell them apart in black and white.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
 LINES, MARKERS = ["-", "--", "-.", ":"], "osD^vPX*"
+
+# The main comparison: each of these has the same colour in every figure.
+KNOWN = ["expo_diffusion", "expo_flow", "expo_finetune", "no_edit", "rlpd", "idql", "diffusion_ql", "base_alone"]
 
 LEVELS = [(0.5, 1), (0.8, 1), (0.9, 1), (0.9, 3)]  # success, and over how many evaluations in a row
 
@@ -175,6 +179,11 @@ def area(curve: Curve) -> float:
     return float(np.trapezoid(curve.success, curve.steps) / (curve.steps[-1] - curve.steps[0]))
 
 
+def final(curves: list[Curve]) -> float:
+    """Interquartile mean over seeds of the mean success of the last five evaluations."""
+    return float(interquartile_mean(np.array([curve.success[-5:].mean() for curve in curves])))
+
+
 def step_ratio(
     curves: list[Curve], against: list[Curve], level: float = 0.9, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -217,22 +226,25 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def table(methods: dict[str, dict[int, Curve]], order: list[str], expected: dict[str, int], against: str) -> str:
+def table(
+    methods: dict[str, dict[int, Curve]], order: list[str], expected: dict[str, int], against: str, level: float
+) -> str:
     """A row per method: medians over seeds; a count in brackets where not all seeds got there."""
     head = ["method", "seeds", "base policy alone at 0", "at 0", "steps to 50 %", "80 %", "90 %", "90 % held"]
-    head += ["lowest", "final", "area", *([f"times fewer steps to 90 % than {against}"] if against in methods else [])]
+    ratio_head = f"times fewer steps to {100 * level:.0f} % than {against}"
+    head += ["lowest", "final", "area", *([ratio_head] if against in methods else [])]
     rows = []
     for method in order:
         curves = list(methods[method].values())
         cells = [method, count_of(len(curves), expected[method])]
         cells += [number(float(np.median([c.base_success[0] for c in curves])), 2)]
         cells += [number(float(np.median([c.success[0] for c in curves])), 2)]
-        cells += [median_of([c.first(*level)[0] for c in curves]) for level in LEVELS]
+        cells += [median_of([c.first(*rung)[0] for c in curves]) for rung in LEVELS]
         cells += [number(float(np.median([c.success.min() for c in curves])), 2)]
-        cells += [number(float(interquartile_mean(np.array([c.success[-5:].mean() for c in curves]))), 2)]
+        cells += [number(final(curves), 2)]
         cells += [number(float(np.median([area(c) for c in curves])), 2)]
         if against in methods and method != against:
-            ratio, low, high = step_ratio(curves, list(methods[against].values()))
+            ratio, low, high = step_ratio(curves, list(methods[against].values()), level)
             cells += [f"{number(ratio, 2)} ({number(low, 2)} to {number(high, 2)})"]
         elif against in methods:
             cells += ["1"]
@@ -248,6 +260,17 @@ def seconds_table(methods: dict[str, dict[int, Curve]], order: list[str]) -> str
         cells = [median_of([c.first(*level)[1] for c in curves]) for level in LEVELS]
         rows.append([method, *cells, median_of([float(c.seconds[-1]) for c in curves])])
     return markdown(["method", "seconds to 50 %", "80 %", "90 %", "90 % held", "last evaluation"], rows)
+
+
+def summary_table(results: Results, order: list[str]) -> str:
+    """A row per task: the final success of every method; the best, and those within .05 of it, are bold."""
+    rows = []
+    for task, methods in results.items():
+        values = {method: final(list(curves.values())) for method, curves in methods.items()}
+        close = max(values.values()) - 0.05 - 1e-9
+        words = {method: f"**{value:.2f}**" if value >= close else f"{value:.2f}" for method, value in values.items()}
+        rows.append([task, *(words.get(method, "-") for method in order)])
+    return markdown(["final success", *order], rows)
 
 
 def seed_table(curves: dict[int, Curve]) -> str:
@@ -282,16 +305,32 @@ def count_of(found: int, expected: int) -> str:
     return str(found) if found >= expected else f"{found} of {expected}"
 
 
+def family(method: str) -> str:
+    """The method of the main comparison that this one is a change of, as in rlpd_cold or rlpd+two; else its own name."""
+    name = method.split("+")[0]
+    return next((known for known in KNOWN if name.startswith(f"{known}_")), name)
+
+
 def line_styles(order: list[str]) -> dict[str, dict[str, Any]]:
-    """method -> colour, line and marker. Variants (method+variant) share the method's colour and differ by the line."""
-    methods = list(dict.fromkeys(method.split("+")[0] for method in order))
+    """method -> colour, line and marker.
+
+    Changes of a method (method+variant, or method_change of those in KNOWN) share its colour, and differ from it by the
+    line and a hollow marker. Methods in KNOWN have their own colours where no others are drawn.
+    """
+    families = list(dict.fromkeys(map(family, order)))
     variants = list(dict.fromkeys(method.partition("+")[2] for method in order))
+    places = KNOWN if set(families) <= set(KNOWN) else families
+    members: Counter[str] = Counter()
     styles = {}
     for method in order:
-        index, variant = methods.index(method.split("+")[0]), variants.index(method.partition("+")[2])
-        line = variant if len(variants) > 1 else index + index // 8
+        index, variant = places.index(family(method)), variants.index(method.partition("+")[2])
+        member = members[family(method)]  # how many of its family come before it
+        members[family(method)] += 1
+        line = variant if len(variants) > 1 else index + index // 8 + member
         styles[method] = {"color": COLORS[index % 8], "linestyle": LINES[line % 4], "lw": 1.8}
         styles[method] |= {"marker": MARKERS[index % 8], "markersize": 4.5}
+        if member and len(variants) == 1:
+            styles[method]["markerfacecolor"] = "white"
     return styles
 
 
@@ -317,10 +356,12 @@ def plot(
     order: list[str],
     expected: dict[tuple[str, str], set[int]],
     out: Path,
-    folder: Path,
+    folders: dict[str, Path],
     *metrics: str,
 ) -> None:
     """A row of panels per task: success, then one panel for each of the `metrics`; `out` gets the picture.
+
+    Without metrics, a panel per task, three side by side. `folders` has the results of each task.
 
     Raises:
         InputError: the seeds of a method were evaluated at different steps, or nobody logged a metric.
@@ -330,13 +371,16 @@ def plot(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # With metrics, a task is a row; without, a column.
-    shape = (len(results), 1 + len(metrics)) if metrics else (1, len(results))
-    size = (4.2 * shape[1], 3.4 * shape[0] + 1.2) if metrics else (5.6 * shape[1], 4.8)
+    # With metrics, a task is a row; without, a panel.
+    columns = min(len(results), 3)
+    shape = (len(results), 1 + len(metrics)) if metrics else (math.ceil(len(results) / columns), columns)
+    size = (4.2 * shape[1], 3.4 * shape[0] + 1.2) if metrics else (5.6 * shape[1], 4.8 * shape[0])
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey=not metrics)
+    for axis in [] if metrics else axes.flat[len(results) :]:
+        axis.axis("off")
     styles = line_styles(order)
     for index, (task, methods) in enumerate(results.items()):
-        panels = axes[index] if metrics else [axes[0][index]]
+        panels = axes[index] if metrics else [axes.flat[index]]
         for method in (method for method in order if method in methods):
             curves, name = methods[method], f"{task}/{method}"
             seeds = count_of(len(curves), len(expected[task, method].union(curves)))
@@ -347,7 +391,7 @@ def plot(
                 style = styles[method] | {"color": COLORS[1], "linestyle": "--"}
                 draw(panels[0], base, style, name, f"its base policy alone ({seeds} seeds)")
             for axis, metric in zip(panels[1:], metrics, strict=True):
-                places = [folder / task / method / f"seed{seed}" / "metrics.csv" for seed in curves]
+                places = [folders[task] / method / f"seed{seed}" / "metrics.csv" for seed in curves]
                 logged = [found for path in places if (found := read_metric(path, metric))]
                 if logged:  # not by every script
                     draw(axis, logged, styles[method], f"{name}, {metric}", label)
@@ -368,16 +412,17 @@ def plot(
     if metrics:
         lines, names = axes[0][0].get_legend_handles_labels()
         figure.legend(lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, frameon=False, fontsize=9)
-    elif len(results) > 1:
-        for axis in axes[0][1:]:
+    else:
+        for axis in axes[:, 1:].flat:
             axis.set_ylabel("")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=140, bbox_inches="tight")
 
 
-def print_versions(results: Path) -> None:
+def print_versions(results: tuple[Path, ...]) -> None:
     """The versions that the runs were made with: all, if they differ."""
-    records = [read_record(path.parent) for path in sorted(results.glob("*/*/seed*/args.json"))]
+    paths = [path for folder in results for path in sorted(folder.glob("*/*/seed*/args.json"))]
+    records = [read_record(path.parent) for path in paths]
     versions = Counter(str(record.get("versions", "unknown")) for record in records)
     for words, runs in versions.items():
         print(f"versions ({runs} of {len(records)} runs): {words}")
@@ -386,57 +431,84 @@ def print_versions(results: Path) -> None:
     print()
 
 
+def gather(
+    folders: tuple[Path, ...], grid: Path | None
+) -> tuple[Results, dict[tuple[str, str], set[int]], dict[str, Path]]:
+    """The curves of several grids, the seeds that there should be of (task, method), and the folder of each task.
+
+    Raises:
+        InputError: a folder has no results, a broken one, or a task that another has too.
+    """
+    found: Results = {}
+    expected: dict[tuple[str, str], set[int]] = {}
+    places: dict[str, Path] = {}
+    for folder in folders:
+        part = read_results(folder)
+        twice = [task for task in part if task in found]
+        if twice:
+            raise InputError(f"{twice[0]} is in {places[twice[0]].parent} and in {folder}; give one of them")
+        named = ROOT / "benchmark" / "grids" / f"{folder.resolve().name}.toml"
+        expected |= expected_seeds(part, grid or (named if named.exists() else None))
+        places |= {task: folder / task for task in part}
+        found |= part
+    return found, expected, places
+
+
 def main(
-    results: Annotated[Path, tyro.conf.Positional],
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path | None = None,
     per_seed: bool = False,
     grid: Path | None = None,
     against: str = "rlpd",
+    level: float = 0.9,
     metrics: tuple[str, ...] = (),
     methods: tuple[str, ...] = (),
 ) -> None:
     """Prints tables per task and, with --out, writes the learning curves.
 
     Args:
-        results: a folder of benchmark/results.
+        results: folders of benchmark/results, one or more.
         out: file for the picture (png, pdf, svg).
         per_seed: print a table with a row per seed, too.
         grid: the grid, to know which runs are missing; unset: the one of the results' name in benchmark/grids.
-        against: the method that steps to 90 % are compared with.
-        methods: only these; unset: all.
+        against: the method that steps to the level are compared with.
+        level: the success whose steps are compared.
         metrics: columns of metrics.csv to draw beside success, as edit/alpha; below step 0 is what is learned offline.
+        methods: only these; unset: all.
     """
-    found = read_results(results)
-    if grid is None and (named := ROOT / "benchmark" / "grids" / f"{results.resolve().name}.toml").exists():
-        grid = named
-    expected = expected_seeds(found, grid)
+    if not results:
+        raise InputError("which results? As in: python benchmark/plot.py benchmark/results/mazes")
+    if not 0 < level <= 1:
+        raise InputError(f"--level {level} must be a success rate, above 0 and at most 1")
+    found, expected, places = gather(results, grid)
     print_versions(results)
     unknown = [method for method in methods if not any(method in by_method for by_method in found.values())]
     if unknown:
-        raise InputError(f"--methods {unknown[0]}: {results} has no such method")
+        raise InputError(f"--methods {unknown[0]}: {' '.join(map(str, results))} has no such method")
     if methods:
         found = {
             task: {m: curves for m, curves in by_method.items() if m in methods} for task, by_method in found.items()
         }
         expected = {key: seeds for key, seeds in expected.items() if key[1] in methods}
     order = list(dict.fromkeys(method for methods in found.values() for method in methods))
-    known = ["expo_diffusion", "expo_flow", "expo_finetune", "no_edit", "rlpd", "idql", "diffusion_ql", "base_alone"]
-    rank = {method: known.index(name) for method in order if (name := method.split("+")[0]) in known}
-    order.sort(key=lambda method: (rank.get(method, len(known)), method))
+    rank = {method: KNOWN.index(family(method)) for method in order if family(method) in KNOWN}
+    order.sort(key=lambda method: (rank.get(method, len(KNOWN)), method))
     for task, curves in found.items():
         here = [method for method in order if method in curves]
         counts = {method: len(expected[task, method].union(curves[method])) for method in here}
-        print(f"{task}\n\n{table(curves, here, counts, against)}\n\n{seconds_table(curves, here)}\n")
+        print(f"{task}\n\n{table(curves, here, counts, against, level)}\n\n{seconds_table(curves, here)}\n")
         if metrics:
-            print(f"{metric_table(results / task, curves, here, metrics)}\n")
+            print(f"{metric_table(places[task], curves, here, metrics)}\n")
         for method in here if per_seed else []:
             print(f"{method}, by seed\n\n{seed_table(curves[method])}\n")
+    if len(found) > 1:
+        print(f"{summary_table(found, order)}\n")
     for (task, method), seeds in expected.items():
         missing = sorted(seeds - set(found.get(task, {}).get(method, {})))
         if missing:
             print(f"MISSING {task}/{method}: seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}")
     if out:
-        plot(found, order, expected, out, results, *metrics)
+        plot(found, order, expected, out, places, *metrics)
         print(f"written: {out}")
 
 

@@ -423,7 +423,7 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     monkeypatch.setattr(
         "matplotlib.axes.Axes.legend", lambda axis, **_: drawn.extend(axis.get_legend_handles_labels()[1])
     )
-    plot.main(folder, out=tmp_path / "out.png", per_seed=True)
+    plot.main((folder,), out=tmp_path / "out.png", per_seed=True)
     out = capsys.readouterr().out
     rows = {line.split(" | ")[0][2:]: line for line in out.split("\n\n")[2].splitlines()}
     assert rows["expo_flow"] == (
@@ -441,18 +441,18 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     ]  # not the untrained critics' .3
     assert drawn == ["expo_flow (3 seeds)", "rlpd (2 of 3 seeds)", "base_alone (3 seeds)"]
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    plot.main(folder, methods=("expo_flow",))
+    plot.main((folder,), methods=("expo_flow",))
     out = capsys.readouterr().out
     assert "| expo_flow | 3 |" in out and "rlpd" not in out and "base_alone" not in out
     with pytest.raises(InputError, match=r"--methods expo_flaw: .*some_grid has no such method"):
-        plot.main(folder, methods=("expo_flow", "expo_flaw"))
+        plot.main((folder,), methods=("expo_flow", "expo_flaw"))
 
 
 def test_seeds_and_methods_that_the_grid_has_and_the_results_lack_are_named(tmp_path, capsys):
     grid = fake_grid(tmp_path, "--fail 1", methods=f'a = "{FAKE}"\nb = "{FAKE}"')
     assert run_grid(grid, only="/a/") == 1
     capsys.readouterr()
-    plot.main(tmp_path / "results" / "grid", grid=grid)
+    plot.main((tmp_path / "results" / "grid",), grid=grid)
     out = capsys.readouterr().out
     assert "| a | 1 of 2 |" in out
     assert "MISSING pointmaze-umaze/a: seed 1\n" in out and "MISSING pointmaze-umaze/b: seeds 1, 2\n" in out
@@ -461,7 +461,7 @@ def test_seeds_and_methods_that_the_grid_has_and_the_results_lack_are_named(tmp_
 def test_other_versions_are_named(tmp_path, capsys):
     write_results(tmp_path, "maze", "a", {1: [0.0, 1.0], 2: [0.0, 1.0]})
     (tmp_path / "maze/a/seed2/args.json").write_text('{"script": "s", "args": {}, "versions": {"commit": "d"}}')
-    plot.main(tmp_path)
+    plot.main((tmp_path,))
     out = capsys.readouterr().out
     assert "versions (1 of 2 runs): {'commit': 'd'}" in out and "warning: the runs were not all made with" in out
 
@@ -476,6 +476,38 @@ def test_variants_share_their_methods_colour_and_differ_by_the_line():
     a, b, c, d = plot.line_styles(["x+one", "x+two", "y+one", "y+two"]).values()
     assert a["color"] == b["color"] != c["color"] == d["color"]
     assert a["linestyle"] == c["linestyle"] != b["linestyle"] == d["linestyle"]
+
+
+def test_a_changed_method_has_the_colour_of_the_one_it_is_a_change_of():
+    styles = plot.line_styles(["expo_flow_small", "rlpd", "rlpd_cold"])
+    assert styles["rlpd"]["color"] == styles["rlpd_cold"]["color"] != styles["expo_flow_small"]["color"]
+    assert styles["rlpd"]["linestyle"] != styles["rlpd_cold"]["linestyle"]
+    assert styles["rlpd_cold"]["markerfacecolor"] == "white" and "markerfacecolor" not in styles["rlpd"]
+    assert plot.line_styles(["rlpd"])["rlpd"]["color"] == styles["rlpd"]["color"]  # the same in every figure
+    assert plot.line_styles(["warm", "rlpd"])["warm"]["color"] != styles["rlpd"]["color"]
+
+
+def test_several_folders_a_level_of_ones_own_and_a_task_that_is_there_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "mpl"))
+    for grid, task in (("one", "maze"), ("two", "pen"), ("two", "door"), ("two", "ant"), ("again", "pen")):
+        write_results(tmp_path / grid, task, "a", {1: [0.6, 0.6], 2: [0.6, 0.6]})
+        write_results(tmp_path / grid, task, "rlpd", {1: [0.0, 0.6], 2: [0.0, 0.6]})
+    write_results(tmp_path / "one", "maze", "b", {2: [0.0, 0.5]})
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set", lambda axis, **words: titles.append(words.get("title")))
+    plot.main((tmp_path / "one", tmp_path / "two"), level=0.5, out=tmp_path / "out.png")
+    out = capsys.readouterr().out
+    assert [title for title in titles if title] == ["maze", "ant", "door", "pen"]
+    assert out.count("times fewer steps to 50 % than rlpd") == 4 and out.count("| 2.00 (2.00 to 2.00) |") == 4
+    assert "| final success | rlpd | a | b |\n| --- | --- | --- | --- |\n| maze | 0.30 | **0.60** | 0.25 |\n" in out
+    assert "| pen | 0.30 | **0.60** | - |\n" in out
+    assert out.count("MISSING") == 1 and "MISSING maze/b: seed 1" in out  # nobody expects b on pen
+    with pytest.raises(InputError, match=r"pen is in .*two and in .*again; give one of them"):
+        plot.main((tmp_path / "two", tmp_path / "again"))
+    with pytest.raises(InputError, match="--level 50.0 must be a success rate"):
+        plot.main((tmp_path / "one",), level=50.0)
+    with pytest.raises(InputError, match="which results"):
+        plot.main(())
 
 
 def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch, capsys):
@@ -494,17 +526,17 @@ def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch, capsys):
         return line(axis, *args, **style)
 
     monkeypatch.setattr("matplotlib.axes.Axes.plot", spy)
-    plot.main(tmp_path, out=tmp_path / "out.png", metrics=("losses/critic",))
+    plot.main((tmp_path,), out=tmp_path / "out.png", metrics=("losses/critic",))
     assert re.findall(r"^\| a \| (\d+) \|$", capsys.readouterr().out, re.M) == ["4", "104"]  # the last values
     success = [[0, 100], [0.5, 1.0]]
     assert [d for d in drawn if d[0] == [-10, 5]] == [[[-10, 5], [2.0, 4.0]], [[-10, 5], [102.0, 104.0]]]
     assert drawn.count(success) == 2 and (tmp_path / "out.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="--metrics edit/alpha: no run of maze has logged it"):
-        plot.main(tmp_path, out=tmp_path / "out2.png", metrics=("edit/alpha",))
+        plot.main((tmp_path,), out=tmp_path / "out2.png", metrics=("edit/alpha",))
     for path in tmp_path.glob("*/a/seed2/metrics.csv"):
         path.write_text(path.read_text().replace("5,2.0,", "5,2.0,x"))
     with pytest.raises(InputError, match="column 'losses/critic': could not convert string to float: 'x"):
-        plot.main(tmp_path, out=tmp_path / "out2.png", metrics=("losses/critic",))
+        plot.main((tmp_path,), out=tmp_path / "out2.png", metrics=("losses/critic",))
 
 
 @pytest.mark.parametrize(
@@ -536,7 +568,7 @@ def test_binary_and_absent_results_and_seeds_that_do_not_fit_together(tmp_path):
         plot.read_results(tmp_path)
     write_results(tmp_path, "maze", "a", {1: [0.0, 1.0], 2: [0.0, 1.0, 1.0]})
     with pytest.raises(InputError, match="maze/a: its seeds were evaluated at different steps"):
-        plot.main(tmp_path, out=tmp_path / "out.png")
+        plot.main((tmp_path,), out=tmp_path / "out.png")
     (tmp_path / "maze/a/seed1/metrics.csv").write_bytes(bytes(range(256)))
     with pytest.raises(InputError, match="cannot be read"):
         plot.read_results(tmp_path)

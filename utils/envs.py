@@ -44,6 +44,8 @@ INSTALL = {
     "robosuite": "install requirements-robomimic.txt into an environment of its own, see docs/data.md",
     "gymnasium_robotics": "pip install -r requirements.txt",
 }
+# float64 bounds become float32 here on purpose. OGBench makes its spaces anew, and would warn, whenever they are asked for.
+warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
 EGL = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
 
 
@@ -192,10 +194,8 @@ def make_env(
     if shape is not None and len(shape) != 1:
         env = gym.wrappers.TransformAction(env, lambda a: np.reshape(a, shape), spaces.flatten_space(env.action_space))
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    with warnings.catch_warnings():  # of the precision lost from float64 to float32, which is meant
-        warnings.simplefilter("ignore")
-        env = gym.wrappers.FlattenObservation(env)
-        return Guard(gym.wrappers.DtypeObservation(env, np.float32))
+    env = gym.wrappers.FlattenObservation(env)
+    return Guard(gym.wrappers.DtypeObservation(env, np.float32))
 
 
 def register_envs() -> None:

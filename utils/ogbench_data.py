@@ -67,6 +67,8 @@ class SingleTask(gym.Wrapper):
     def __init__(self, env: gym.Env, name: str):
         super().__init__(env)
         self.name = name
+        # The package makes its spaces anew whenever they are asked for: here that would be at every step.
+        self.observation_space, self.action_space = env.observation_space, env.action_space
 
     def close(self) -> None:
         """Frees the renderer too, which the package leaves to the end of the process, when it is too late."""
