@@ -306,7 +306,7 @@ def count_of(found: int, expected: int) -> str:
 
 
 def family(method: str) -> str:
-    """The method of the main comparison that this one is a change of, as in rlpd_cold or rlpd+two; else its own name."""
+    """The method of the main comparison that this one is a change of (rlpd_cold, rlpd+two), else its own name."""
     name = method.split("+")[0]
     return next((known for known in KNOWN if name.startswith(f"{known}_")), name)
 

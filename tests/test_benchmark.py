@@ -504,7 +504,7 @@ def test_several_folders_a_level_of_ones_own_and_a_task_that_is_there_twice(tmp_
     assert out.count("MISSING") == 1 and "MISSING maze/b: seed 1" in out  # nobody expects b on pen
     with pytest.raises(InputError, match=r"pen is in .*two and in .*again; give one of them"):
         plot.main((tmp_path / "two", tmp_path / "again"))
-    with pytest.raises(InputError, match="--level 50.0 must be a success rate"):
+    with pytest.raises(InputError, match=r"--level 50\.0 must be a success rate"):
         plot.main((tmp_path / "one",), level=50.0)
     with pytest.raises(InputError, match="which results"):
         plot.main(())

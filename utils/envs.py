@@ -44,7 +44,7 @@ INSTALL = {
     "robosuite": "install requirements-robomimic.txt into an environment of its own, see docs/data.md",
     "gymnasium_robotics": "pip install -r requirements.txt",
 }
-# float64 bounds become float32 here on purpose. OGBench makes its spaces anew, and would warn, whenever they are asked for.
+# float64 bounds become float32 on purpose. OGBench makes its spaces anew, and would warn, whenever they are asked for.
 warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
 EGL = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
 
