@@ -6,7 +6,7 @@ acting_only: the on-the-fly policy acts, but the TD target takes a single sample
 chosen. online_base: the base policy itself proposes actions for acting and evaluation, not its moving average.
 growing_edits: edits of .05 at most during the offline updates, then more by the step, and --edit-scale at the end.
 base_until_better: the base policy alone acts until an evaluation finds the on-the-fly policy at least as successful,
-and again when one finds it worse.
+and again when one finds it worse. flow_base: the base policy of expo_flow.
 All flags but --change and --script go to the script.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not as a module
 
+import expo_flow
 from benchmark.wrapper import wrapped_script
 from utils import cli
 from utils.evaluate import Evaluation, Policy
@@ -90,11 +91,17 @@ def base_until_better(script: Any) -> None:
     script.Evaluation = Trial
 
 
+def flow_base(script: Any) -> None:
+    """Puts the flow-matching base policy into the script's place for one."""
+    script.BasePolicy = expo_flow.BasePolicy
+
+
 CHANGES = {
     "acting_only": acting_only,
     "online_base": online_base,
     "growing_edits": growing_edits,
     "base_until_better": base_until_better,
+    "flow_base": flow_base,
 }
 
 

@@ -161,6 +161,17 @@ def test_ablation_growing_edits(script, monkeypatch):
     assert scales == pytest.approx([0.05, 0.05, 0.05, 0.2, 0.35, 0.5, 0.65, 0.65])
 
 
+def test_ablation_flow_base(script, monkeypatch):
+    """The agent has expo_flow's base policy and trains with it."""
+    monkeypatch.setattr(script, "BasePolicy", script.BasePolicy)
+    ablation.flow_base(script)
+    agent = make_agent(script)
+    assert type(agent.base_policy) is type(agent.target_base_policy) is expo_flow.BasePolicy
+    before = [p.clone() for p in agent.base_policy.parameters()]
+    script.update(agent, script.make_optimizers(agent, agent.args), make_batch(2, 5))
+    assert not any(torch.equal(p, q) for p, q in zip(before, agent.base_policy.parameters(), strict=True))
+
+
 def test_ablation_base_until_better(script, monkeypatch):
     """Which policy acts follows from the last evaluation; the row is about the one that acted until then."""
     for name in ("on_the_fly_actions", "forward"):
