@@ -361,7 +361,7 @@ def plot(
 ) -> None:
     """A row of panels per task: success, then one panel for each of the `metrics`; `out` gets the picture.
 
-    Without metrics, a panel per task, three side by side. `folders` has the results of each task.
+    Without metrics, a panel per task, two or three side by side. `folders` has the results of each task.
 
     Raises:
         InputError: the seeds of a method were evaluated at different steps, or nobody logged a metric.
@@ -372,7 +372,7 @@ def plot(
     import matplotlib.pyplot as plt
 
     # With metrics, a task is a row; without, a panel.
-    columns = min(len(results), 3)
+    columns = 2 if len(results) == 4 else min(len(results), 3)
     shape = (len(results), 1 + len(metrics)) if metrics else (math.ceil(len(results) / columns), columns)
     size = (4.2 * shape[1], 3.4 * shape[0] + 1.2) if metrics else (5.6 * shape[1], 4.8 * shape[0])
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey=not metrics)
