@@ -42,12 +42,14 @@ Results = dict[str, dict[str, dict[int, "Curve"]]]  # task -> method -> seed -> 
 
 @dataclass
 class Curve:
-    """Evaluations of one run: steps, seconds and success, all (n,), environment steps >= 0 only."""
+    """Evaluations of one run: steps, seconds, success and mean actions per episode (nan where not logged), all (n,),
+    environment steps >= 0 only."""
 
     steps: np.ndarray
     seconds: np.ndarray
     success: np.ndarray
     base_success: np.ndarray
+    length: np.ndarray
 
     def first(self, level: float, evaluations: int = 1) -> tuple[float, float]:
         """Environment steps and seconds at the first evaluation with this success; infinite if there is none.
@@ -76,7 +78,8 @@ def read_curve(path: Path, key: str = "eval/success_rate") -> Curve:
         InputError: it cannot be read, is cut or no table of numbers, or holds no evaluation.
     """
     needed = ["step", "seconds", key]
-    columns: dict[str, list[float]] = {name: [] for name in [*needed, "eval/base_success_rate"]}
+    shown = [*needed, "eval/base_success_rate", key.replace("success_rate", "length")]
+    columns: dict[str, list[float]] = {name: [] for name in shown}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restval=None)
@@ -97,7 +100,7 @@ def read_curve(path: Path, key: str = "eval/success_rate") -> Curve:
         raise
     except ValueError as error:
         raise InputError(f"{path}, line {reader.line_num}: {reason(error)}") from None
-    curve = Curve(*(np.array(columns[name]) for name in [*needed, "eval/base_success_rate"]))
+    curve = Curve(*(np.array(columns[name]) for name in shown))
     if len(curve.steps) == 0:
         raise InputError(f"{path} holds no evaluation ({key} at step 0 or later)")
     if (np.diff(curve.steps) <= 0).any():
@@ -184,6 +187,11 @@ def final(curves: list[Curve]) -> float:
     return float(interquartile_mean(np.array([curve.success[-5:].mean() for curve in curves])))
 
 
+def final_length(curves: list[Curve]) -> float:
+    """Interquartile mean over seeds of the mean actions per episode, failed ones too, of the last five evaluations."""
+    return float(interquartile_mean(np.array([curve.length[-5:].mean() for curve in curves])))
+
+
 def step_ratio(
     curves: list[Curve], against: list[Curve], level: float = 0.9, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -232,7 +240,7 @@ def table(
     """A row per method: medians over seeds; a count in brackets where not all seeds got there."""
     head = ["method", "seeds", "base policy alone at 0", "at 0", "steps to 50 %", "80 %", "90 %", "90 % held"]
     ratio_head = f"times fewer steps to {100 * level:.0f} % than {against}"
-    head += ["lowest", "final", "area", *([ratio_head] if against in methods else [])]
+    head += ["lowest", "final", "area", "actions, final", *([ratio_head] if against in methods else [])]
     rows = []
     for method in order:
         curves = list(methods[method].values())
@@ -243,6 +251,7 @@ def table(
         cells += [number(float(np.median([c.success.min() for c in curves])), 2)]
         cells += [number(final(curves), 2)]
         cells += [number(float(np.median([area(c) for c in curves])), 2)]
+        cells += [number(final_length(curves), 1)]
         if against in methods and method != against:
             ratio, low, high = step_ratio(curves, list(methods[against].values()), level)
             cells += [f"{number(ratio, 2)} ({number(low, 2)} to {number(high, 2)})"]

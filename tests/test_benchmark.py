@@ -349,7 +349,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
 
 def curve(success: list[float], every: int = 100, base: float = 0.1) -> Curve:
     n = len(success)
-    return Curve(np.arange(n) * every * 1.0, 5.0 + np.arange(n), np.array(success), np.full(n, base))
+    return Curve(np.arange(n) * every * 1.0, 5.0 + np.arange(n), np.array(success), np.full(n, base), np.full(n, 9.0))
 
 
 @settings(max_examples=50, deadline=None)
@@ -406,8 +406,8 @@ def write_results(folder: Path, task: str, method: str, seeds: dict[int, list[fl
     for seed, success in seeds.items():
         place = folder / task / method / f"seed{seed}"
         place.mkdir(parents=True)
-        lines = ["step,seconds,losses/critic,eval/success_rate,eval/base_success_rate", "-10,1.0,0.5,,"]
-        lines += [f"{100 * i},{10 + i}.0,,{s},0.1" for i, s in enumerate(success)]
+        lines = ["step,seconds,losses/critic,eval/success_rate,eval/base_success_rate,eval/length", "-10,1.0,0.5,,,"]
+        lines += [f"{100 * i},{10 + i}.0,,{s},0.1,{60 - 10 * s}" for i, s in enumerate(success)]
         (place / "metrics.csv").write_text("\n".join(lines) + "\n")
         (place / "args.json").write_text('{"script": "s", "args": {}, "versions": {"commit": "c"}}')
 
@@ -427,15 +427,16 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     out = capsys.readouterr().out
     rows = {line.split(" | ")[0][2:]: line for line in out.split("\n\n")[2].splitlines()}
     assert rows["expo_flow"] == (
-        "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.00 | 0.84 | 0.74 | ∞ (1.50 to ∞) |"
+        "| expo_flow | 3 | 0.10 | 0.00 | 100 | 200 | 300 | 200 | 0.00 | 0.84 | 0.74 | 51.6 | ∞ (1.50 to ∞) |"
     )
     assert (
         rows["rlpd"]
-        == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.00 | 0.10 | 0.05 | 1 |"
+        == "| rlpd | 2 of 3 | 0.10 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (0/2) | 0.00 | 0.10 | 0.05 | 59.0 | 1 |"
     )
     assert "| expo_flow | 11 | 12 | 13 | 12 | 15 |" in out
     assert re.search(r"^\| 10 \| 0.10 \| 0.00 \| 300", out, re.M)  # its number, not its place
     assert "MISSING maze/rlpd: seed 10" in out and "MISSING maze/expo" not in out
+    assert rows["base_alone"].endswith("| 0.10 | - | - (0.00 to ∞) |")  # no column eval/base_length
     assert plot.read_results(folder)["maze"]["base_alone"][10].success.tolist() == [
         0.1
     ]  # not the untrained critics' .3
@@ -518,7 +519,7 @@ def test_logged_metrics_are_drawn_beside_success(tmp_path, monkeypatch, capsys):
         write_results(tmp_path, task, "a", {1: [0.0, 1.0], 2: [0.5, 1.0], 3: [1.0, 1.0]})
         for seed in (1, 2, 3):
             path = tmp_path / task / "a" / f"seed{seed}" / "metrics.csv"
-            path.write_text(path.read_text().replace("-10,1.0,0.5,,", f"-10,1.0,{base + seed},,\n5,2.0,{base + 4},,"))
+            path.write_text(path.read_text().replace("-10,1.0,0.5,,", f"-10,1.0,{base + seed},,,\n5,2.0,{base + 4},,"))
     drawn, line = [], matplotlib.axes.Axes.plot
 
     def spy(axis, *args, **style):
