@@ -182,14 +182,9 @@ def area(curve: Curve) -> float:
     return float(np.trapezoid(curve.success, curve.steps) / (curve.steps[-1] - curve.steps[0]))
 
 
-def final(curves: list[Curve]) -> float:
-    """Interquartile mean over seeds of the mean success of the last five evaluations."""
-    return float(interquartile_mean(np.array([curve.success[-5:].mean() for curve in curves])))
-
-
-def final_length(curves: list[Curve]) -> float:
-    """Interquartile mean over seeds of the mean actions per episode, failed ones too, of the last five evaluations."""
-    return float(interquartile_mean(np.array([curve.length[-5:].mean() for curve in curves])))
+def final(curves: list[Curve], column: str = "success") -> float:
+    """Interquartile mean over seeds of the mean of the last five evaluations; `column` is success or length."""
+    return float(interquartile_mean(np.array([getattr(curve, column)[-5:].mean() for curve in curves])))
 
 
 def step_ratio(
@@ -251,7 +246,7 @@ def table(
         cells += [number(float(np.median([c.success.min() for c in curves])), 2)]
         cells += [number(final(curves), 2)]
         cells += [number(float(np.median([area(c) for c in curves])), 2)]
-        cells += [number(final_length(curves), 1)]
+        cells += [number(final(curves, "length"), 1)]
         if against in methods and method != against:
             ratio, low, high = step_ratio(curves, list(methods[against].values()), level)
             cells += [f"{number(ratio, 2)} ({number(low, 2)} to {number(high, 2)})"]
@@ -286,13 +281,15 @@ def seed_table(curves: dict[int, Curve]) -> str:
     """A row per seed of one method."""
     head = ["seed", "base policy alone at 0", "at 0", "steps to 90 %", "90 % held", "s to 90 %"]
     head += ["lowest of the first 1,000 steps", "of them below half of the base policy", "final (last 5 evaluations)"]
+    head += ["every evaluation"]
     rows = []
     for seed, curve in curves.items():
         steps, seconds = curve.first(0.9)
         lowest, below = curve.below_half(1000)
         cells = [str(seed), number(curve.base_success[0], 2), number(curve.success[0], 2), number(steps)]
         cells += [number(curve.first(0.9, 3)[0]), number(seconds)]
-        rows.append([*cells, number(lowest, 2), number(below), number(curve.success[-5:].mean(), 2)])
+        cells += [number(lowest, 2), number(below), number(curve.success[-5:].mean(), 2)]
+        rows.append([*cells, " ".join(number(success, 2) for success in curve.success)])
     return markdown(head, rows)
 
 

@@ -435,6 +435,7 @@ def test_tables_by_hand_missing_seeds_and_curves_with_their_counts(tmp_path, cap
     )
     assert "| expo_flow | 11 | 12 | 13 | 12 | 15 |" in out
     assert re.search(r"^\| 10 \| 0.10 \| 0.00 \| 300", out, re.M)  # its number, not its place
+    assert re.search(r"^\| 10 .* \| 0.84 \| 0.00 0.50 0.80 0.90 1.00 1.00 \|$", out, re.M)
     assert "MISSING maze/rlpd: seed 10" in out and "MISSING maze/expo" not in out
     assert rows["base_alone"].endswith("| 0.10 | - | - (0.00 to ∞) |")  # no column eval/base_length
     assert plot.read_results(folder)["maze"]["base_alone"][10].success.tolist() == [
