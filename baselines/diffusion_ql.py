@@ -1,73 +1,83 @@
 """Diffusion-QL, a baseline: the value gradient goes through the whole denoising chain, which is what EXPO avoids.
 
 Paper: Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning (Wang et al. 2023),
-arXiv 2208.06193. Its code, github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL, is [dql code] below; a bare
+arXiv 2208.06193. Its code, github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL, is [dql code] below. A bare
 [code] stands in definitions shared with EXPO and means EXPO's.
 
     python baselines/diffusion_ql.py                                   # the maze, as expo_diffusion.py learns it
-    python baselines/diffusion_ql.py --task pointmaze-large --seed 1   # another task; --help shows its defaults
+    python baselines/diffusion_ql.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
     python baselines/diffusion_ql.py --env-id Pusher-v5 --dataset my_data.hdf5
 
-How it differs from expo_diffusion.py: no edit policy. One diffusion actor, with the network, the noise schedule and the
-sampler of EXPO's base policy, minimises its imitation loss minus eta times the normalised Q of an action that it has
-sampled through all K steps with gradients. Its moving average samples the action of the TD target. Critics, buffers,
-symmetric batches, UTD and the loop are EXPO's. Published is offline learning only, with twin critics.
+How it differs from expo_diffusion.py: there is no edit policy. One diffusion actor has the network, the noise schedule
+and the sampler of EXPO's base policy. It minimises its imitation loss minus eta times the normalised Q of an action
+that it has sampled through all K steps with gradients. Its moving average samples the action of the TD target. Critics,
+buffer, symmetric batches, UTD and the loop are EXPO's. Published is offline learning only, with twin critics.
 
 Shapes: B batch, O observation, A action, N action samples, E critics, K denoising steps, U critic updates per
 environment step (UTD).
 """
 
 import copy
+import importlib
+import io
 import itertools
+import json
 import math
+import os
+import platform
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import gymnasium as gym
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds utils/ from `python baselines/diffusion_ql.py`
 
-from utils import cli, data
-from utils.buffer import Batch, ReplayBuffer
-from utils.checkpoint import Run
-from utils.compiling import compilable
-from utils.evaluate import Evaluation
-from utils.logger import Logger
-from utils.tasks import make_task_env
+from utils.data import load_dataset
+from utils.envs import make_env
+from utils.tasks import parse_args
 
 
 @dataclass
 class Args:
+    # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
+    # utils/tasks.py. `--task ""` or --env-id runs with the values below. A flag that you give always wins.
     # ---- the run
-    task: str = "pointmaze-medium"  # environment, data and settings in one word; `python -m utils.data list`
-    env_id: str = ""  # any Gymnasium id with continuous actions, with --dataset; without --task: published settings
-    dataset: tuple[str, ...] = ()  # offline data, joined if several: FILE, d4rl:NAME, minari:ID, ... (docs/data.md)
-    obs_keys: tuple[str, ...] = ()  # observation keys to use, in this order, where the data has several (robomimic)
+    task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
+    env_id: str = ""  # any Gymnasium id with continuous actions, together with --dataset and in place of --task
+    dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
+    obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
     total_timesteps: int = 300_000  # environment steps
-    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
-    threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
-    compile: bool = False  # torch.compile: the same numbers, sooner; a minute or two on first use
-    run_dir: str = ""  # where the run is written; default runs/<task>__<script>__<seed>__<time>
-    save_model: bool = False  # write agent.pt at the end, for `python -m utils.evaluate RUN_DIR`
-    capture_video: bool = False  # write a video of one episode at every evaluation
-    track: bool = False  # mirror the log to Weights & Biases (project expo; pip install wandb)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    threads: int = 0  # CPU threads of torch; 0: torch chooses
+    compile: bool = False  # torch.compile: faster with the same numbers, after a minute or two on first use
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of all float32 products (docs/performance.md)
+    run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
+    save_model: bool = False  # write the networks to agent.pt at the end
+    capture_video: bool = False  # write a video of the first episode of every evaluation
+    track: bool = False  # mirror the log to Weights & Biases (pip install wandb)
     eval_every: int = 5_000  # environment steps between evaluations
-    eval_episodes: int = 100  # episodes of each evaluation, for the acting policy
-    log_every: int = 500  # environment steps between rows of training metrics
-    checkpoint_every: int = 5_000  # steps between checkpoints; 0: only when stopped and at the end of a phase
-    resume: str = ""  # folder of a run that was stopped, to go on with it; its flags are the defaults
+    eval_episodes: int = 100  # episodes of each evaluation
+    log_every: int = 500  # steps between rows of training metrics
+    checkpoint_every: int = 5_000  # a checkpoint is written at the first end of an episode after this many steps
+    resume: str = ""  # folder of a stopped run, to continue it; its flags become the defaults
     # ---- the task
-    max_episode_steps: int = 0  # time limit in actions; 0 keeps the environment's own
+    max_episode_steps: int = 0  # time limit in actions; 0: the environment's own
     action_repeat: int = 1  # simulator steps per action
-    reward_scale: float = 1.0  # rewards of offline and online rows are multiplied by this ...
-    reward_shift: float = 0.0  # ... and then this is added
+    reward_scale: float = 1.0  # the critics see reward_scale * reward + reward_shift, offline and online
+    reward_shift: float = 0.0  # see reward_scale
     # ---- the algorithm
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
     offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: all of them
@@ -95,9 +105,44 @@ class Args:
     denoising_steps: int = 10  # K, steps from noise to action; published: 5
 
 
-# ------------------------------------------------------------------------------------------------------ networks
+class Batch(NamedTuple):
+    """Transitions with any leading shape. `terminations` is 1 where the task ended, never at a time limit [ours 4]."""
+
+    obs: Tensor  # (..., O)
+    actions: Tensor  # (..., A)
+    rewards: Tensor  # (...)
+    next_obs: Tensor  # (..., O)
+    terminations: Tensor  # (...)
 
 
+class ReplayBuffer:
+    """Offline rows, then online rows, on the training device. It has room for a whole run: nothing is overwritten."""
+
+    def __init__(self, offline: tuple[np.ndarray, ...], capacity: int, device: torch.device):
+        self.num_offline, self.size = len(offline[0]), 0
+        shapes = [(len(array) + capacity, *array.shape[1:]) for array in offline]
+        self.fields = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
+        self.add(*offline)
+
+    def add(self, *rows: Any) -> None:
+        """Appends the five fields of one transition, or of several, as arrays, tensors or numbers."""
+        values = [torch.as_tensor(value, dtype=torch.float32) for value in rows]
+        end = self.size + values[2].numel()  # one reward a row
+        for field, value in zip(self.fields, values, strict=True):
+            field[self.size : end] = value
+        self.size = end
+
+    def draw(self, offline_ratio: float, slices: int, rows: int) -> Batch:
+        """A batch (U, B, ...), drawn uniformly; every slice has the same share of offline rows [paper Sec. 5]."""
+        num, device = self.num_offline, self.fields.obs.device
+        num_offline = round(offline_ratio * rows) if self.size > num else rows
+        offline = torch.randint(num, (slices, num_offline), device=device)
+        online = torch.randint(num, max(self.size, num + 1), (slices, rows - num_offline), device=device)
+        index = torch.cat([offline, online], dim=1)  # (U, B)
+        return Batch(*(field[index] for field in self.fields))
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
 def linear(in_dim: int, out_dim: int, init=nn.init.xavier_uniform_) -> nn.Linear:
     """A Linear layer with the weights drawn by `init` and zero bias [code]."""
     layer = nn.Linear(in_dim, out_dim)
@@ -144,17 +189,15 @@ class DenoisingNetwork(nn.Module):
 
     def forward(self, noisy_actions: Tensor, obs: Tensor, time_code: Tensor) -> Tensor:
         x = torch.cat([noisy_actions, obs], dim=-1)
-        # One Linear on [noisy action, obs, time code], in two products: a shared time code is not copied to every row.
+        # One Linear on [noisy action, obs, time code], as two products: while sampling, all rows share one time code,
+        # and copying it to every row would cost more than its product.
         x_weight, time_weight = self.input.weight.split([x.shape[-1], time_code.shape[-1]], dim=1)
         x = F.linear(x, x_weight) + F.linear(time_code, time_weight, self.input.bias)
         return self.output(F.silu(self.blocks(x)))
 
 
 class BasePolicy(nn.Module):
-    """Diffusion (DDPM): learns to name the noise in a noisy action and removes it in K steps. Imitation only."""
-
-    alpha_bars: Tensor
-    times: Tensor
+    """Diffusion (DDPM): it learns to predict the noise in a noisy action, and removes it in K steps. Imitation only."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -164,11 +207,10 @@ class BasePolicy(nn.Module):
         betas = 1 - torch.exp(-0.1 / len(k) - 0.5 * (10 - 0.1) * (2 * k - 1) / len(k) ** 2)  # (K,)
         alpha_bars = torch.cumprod(1 - betas, dim=0)  # (K,)
         self.betas, self.noise_weights = betas.tolist(), (betas / (1 - alpha_bars).sqrt()).tolist()
-        self.register_buffer("alpha_bars", alpha_bars.float())
-        self.register_buffer("times", k.float().unsqueeze(-1))  # (K, 1)
+        self.alpha_bars = nn.Buffer(alpha_bars.float())
+        self.times = nn.Buffer(k.float().unsqueeze(-1))  # (K, 1)
         self.network = DenoisingNetwork(obs_dim, action_dim, args)
 
-    @compilable
     def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Squared error of the predicted noise, summed over action dimensions, mean over the batch: a scalar."""
         k = torch.randint(len(self.betas), (len(actions),), device=actions.device)
@@ -178,7 +220,6 @@ class BasePolicy(nn.Module):
         prediction = self.network(noisy_actions, obs, self.network.time_code(self.times[k]))
         return (prediction - noise).square().sum(-1).mean()
 
-    @compilable
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """One action per observation: (..., O) -> (..., A) in [-1, 1]."""
@@ -209,60 +250,42 @@ class DiffusionActor(BasePolicy):
         return x
 
 
-class EnsembleLinear(nn.Module):
-    """E independent Linear layers as one batched product: (E, B, I) -> (E, B, J)."""
-
-    def __init__(self, num: int, in_dim: int, out_dim: int):
-        super().__init__()
-        bound = math.sqrt(6 / (in_dim + out_dim))  # Xavier-uniform, every member by itself [code]
-        self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num, 1, out_dim))
-
-    def forward(self, x: Tensor, drawn: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.baddbmm(drawn(self.bias), x, drawn(self.weight))
-
-
-class EnsembleLayerNorm(nn.Module):
-    """E independent LayerNorms: (E, B, I) -> (E, B, I)."""
-
-    def __init__(self, num: int, width: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(num, 1, width)), nn.Parameter(torch.zeros(num, 1, width))
-
-    def forward(self, x: Tensor, drawn: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.addcmul(drawn(self.bias), F.layer_norm(x, x.shape[-1:], eps=1e-6), drawn(self.weight))
-
-
 class Critic(nn.Module):
-    """E Q-functions side by side, each an MLP of Linear, LayerNorm, ReLU and a linear head."""
+    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear head."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.num, widths = args.num_critics, [obs_dim + action_dim] + [args.hidden_dim] * args.hidden_layers
-        self.layers = nn.ModuleList(EnsembleLinear(self.num, *io) for io in itertools.pairwise(widths))
-        self.norms = nn.ModuleList(EnsembleLayerNorm(self.num, width) for width in widths[1:])
-        self.output = EnsembleLinear(self.num, widths[-1], 1)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()  # (E, I, J) and (E, 1, J) of a layer
+        for i, j in itertools.pairwise([*widths, 1]):
+            bound = math.sqrt(6 / (i + j))  # Xavier-uniform, every member by itself [code]
+            self.weights.append(torch.empty(self.num, i, j).uniform_(-bound, bound))
+            self.biases.append(torch.zeros(self.num, 1, j))
+        self.scales = nn.ParameterList(torch.ones(self.num, 1, width) for width in widths[1:])  # of the LayerNorms
+        self.shifts = nn.ParameterList(torch.zeros(self.num, 1, width) for width in widths[1:])
 
     def forward(self, obs: Tensor, actions: Tensor, heads: Tensor | None = None) -> Tensor:
-        """qs (E, ...) of observations (..., O) and actions (..., A); with `heads` only of those, at their cost only."""
+        """qs (E, ...) of observations (..., O) and actions (..., A). With `heads`, only those are computed."""
+        groups = [list(group) for group in (self.weights, self.biases, self.scales, self.shifts)]
+        if heads is not None:  # parameter[heads] gives the same and is far slower
+            groups = [[parameter.index_select(0, heads) for parameter in group] for group in groups]
+        (*weights, last_weight), (*biases, last_bias), scales, shifts = groups
         x = torch.cat([obs, actions], dim=-1).flatten(0, -2)
-        x = x.expand(self.num if heads is None else len(heads), *x.shape)  # (E, B, O + A)
-        drawn = (lambda p: p) if heads is None else (lambda p: p.index_select(0, heads))  # [heads] is far slower
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.relu(norm(layer(x, drawn), drawn))
-        return self.output(x, drawn).view(-1, *obs.shape[:-1])
+        x = x.expand(len(last_weight), *x.shape)  # (E, B, O + A)
+        for weight, bias, scale, shift in zip(weights, biases, scales, shifts, strict=True):
+            x = torch.baddbmm(bias, x, weight)
+            x = F.relu(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale))
+        return torch.baddbmm(last_bias, x, last_weight).view(-1, *obs.shape[:-1])
 
     def random_min(self, obs: Tensor, actions: Tensor, num: int) -> Tensor:
-        """q (...): the minimum over `num` heads drawn anew at every call."""
-        heads = torch.randperm(self.num, device=obs.device)[:num]
+        """q (...): the minimum over `num` heads that are drawn anew at every call."""
+        heads = torch.randperm(self.num, device=obs.device)[:num] if num < self.num else None
         return self(obs, actions, heads).amin(0)
 
 
-# -------------------------------------------------------------------------------------------------------- policy
-
-
+# ---- policy --------------------------------------------------------------------------------------------------------
 class Agent(nn.Module):
-    """All networks, and the policy that draws one of N sampled actions."""
+    """All networks, the policy that draws one of N sampled actions, and the losses."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -272,7 +295,6 @@ class Agent(nn.Module):
         self.critic = Critic(obs_dim, action_dim, args)
         self.target_critic = copy.deepcopy(self.critic)
 
-    @compilable
     @torch.no_grad()
     def drawn_actions(self, obs: Tensor) -> Tensor:
         """Actions (..., A): one of N samples of the online actor, drawn with softmax(kappa Q). Acts and evaluates."""
@@ -281,70 +303,52 @@ class Agent(nn.Module):
         q = self.target_critic.random_min(obs, candidates, self.args.num_min_critics)  # (..., N)
         weights = F.softmax(self.args.kappa * q, dim=-1)
         choice = torch.multinomial(weights.view(-1, weights.shape[-1]), 1).view(weights.shape[:-1])
-        return take(candidates, choice)
+        return torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)
+
+    @torch.no_grad()
+    def next_action_samples(self, next_obs: Tensor) -> Tensor:
+        """Actions (..., S, A) of the target actor for the TD target: S is 10 with --max-q-backup, else 1 [dql code]."""
+        num = 10 if self.args.max_q_backup else 1
+        return self.target_actor.sample(next_obs.unsqueeze(-2).expand(*next_obs.shape[:-1], num, -1))
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, next_actions: Tensor) -> Tensor:
+        """target_q (B,) from sampled next actions (B, S, A): the best of S for each head, then the lowest head."""
+        args = self.args
+        heads = torch.randperm(args.num_critics, device=next_actions.device)[: args.num_min_critics]
+        next_obs = batch.next_obs.unsqueeze(-2).expand(*next_actions.shape[:-1], -1)
+        next_q = self.target_critic(next_obs, next_actions, heads).amax(-1).amin(0)  # (heads, B, S) -> (B,)
+        return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+
+    def critic_loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, info): squared TD error, with the same target for every head."""
+        target_q = self.td_target(batch, next_actions)
+        qs = self.critic(batch.obs, batch.actions)  # (E, B)
+        loss = (qs - target_q).square().mean()
+        return loss, {"losses/critic": loss, "critic/q_mean": qs.mean()}
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, info): imitation minus eta Q of a sampled action, Q in units of its own mean size [paper Sec. 3.2]."""
+        imitation = self.actor.loss(batch.obs, batch.actions) / batch.actions.shape[-1]  # published: mean over A
+        actions = self.actor.sample_with_gradient(batch.obs)
+        q = self.critic(batch.obs, actions)  # (E, B); all heads [ours], published: one of the two at random
+        loss = imitation - self.args.eta * q.mean() / q.detach().abs().mean()
+        info = {"losses/actor": loss, "losses/imitation": imitation, "actor/q_mean": q.mean()}
+        return loss, info | {"actor/clipped_share": (actions.abs() == 1).float().mean()}
 
     forward = drawn_actions  # agent(obs) acts
 
 
-def take(candidates: Tensor, choice: Tensor) -> Tensor:
-    """The chosen candidates: (..., C, A) and indices (...) -> (..., A)."""
-    index = choice[..., None, None].expand(*choice.shape, 1, candidates.shape[-1])
-    return candidates.gather(-2, index).squeeze(-2)
-
-
-# ------------------------------------------------------------------------------------------------------- updates
-
-
-@compilable
-@torch.no_grad()
-def next_action_samples(agent: Agent, next_obs: Tensor) -> Tensor:
-    """Actions (..., S, A) of the target actor for the TD target: S is 10 with --max-q-backup, else 1 [dql code]."""
-    num = 10 if agent.args.max_q_backup else 1
-    return agent.target_actor.sample(next_obs.unsqueeze(-2).expand(*next_obs.shape[:-1], num, -1))
-
-
-@torch.no_grad()
-def double_q_target(agent: Agent, batch: Batch, next_actions: Tensor) -> Tensor:
-    """target_q (B,) from sampled next actions (B, S, A): each head's best of the S, then the lowest of the heads."""
-    args = agent.args
-    heads = torch.randperm(args.num_critics, device=next_actions.device)[: args.num_min_critics]
-    next_obs = batch.next_obs.unsqueeze(-2).expand(*next_actions.shape[:-1], -1)
-    next_q = agent.target_critic(next_obs, next_actions, heads).amax(-1).amin(0)  # (heads, B, S) -> (B,)
-    return batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-
-
-@compilable
-def double_q_loss(agent: Agent, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, info): squared TD error, every head towards the same target."""
-    target_q = double_q_target(agent, batch, next_actions)
-    qs = agent.critic(batch.obs, batch.actions)  # (E, B)
-    loss = (qs - target_q).square().mean()
-    return loss, {"losses/critic": loss, "critic/q_mean": qs.mean()}
-
-
-@compilable
-def diffusion_actor_loss(agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, info): imitation minus eta Q of a sampled action; Q in units of its own mean size [paper Sec. 3.2]."""
-    imitation = agent.actor.loss(batch.obs, batch.actions) / batch.actions.shape[-1]  # published: mean over dimensions
-    actions = agent.actor.sample_with_gradient(batch.obs)
-    q = agent.critic(batch.obs, actions)  # (E, B); all heads [ours], published: one of the two at random
-    loss = imitation - agent.args.eta * q.mean() / q.detach().abs().mean()
-    info = {"losses/actor": loss, "losses/imitation": imitation, "actor/q_mean": q.mean()}
-    return loss, info | {"actor/clipped_share": (actions.abs() == 1).float().mean()}
-
-
-class DQLOptimizers(NamedTuple):
-    actor: Optimizer
-    critic: Optimizer
-
-
-def make_dql_optimizers(agent: Agent, args: Args) -> DQLOptimizers:
+# ---- updates -------------------------------------------------------------------------------------------------------
+class Optimizers:
     """Adam with constant learning rates [dql code]."""
-    actor = torch.optim.Adam(agent.actor.parameters(), args.actor_lr, fused=True)
-    return DQLOptimizers(actor, torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True))
+
+    def __init__(self, agent: Agent, args: Args):
+        self.actor = torch.optim.Adam(agent.actor.parameters(), args.actor_lr, fused=True)
+        self.critic = torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True)
 
 
-def clipped_gradient_step(optimizer: Optimizer, loss: Tensor, max_norm: float) -> None:
+def clipped_gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float) -> None:
     """One step on the optimizer's own parameters, the gradient cut to `max_norm` [dql code]."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -359,76 +363,233 @@ def move_towards(target: nn.Module, online: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)  # pyright: ignore
 
 
-def dql_update(agent: Agent, optimizers: DQLOptimizers, batch: Batch) -> dict[str, Tensor]:
+def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tensor]:
     """U critic steps on the slices of a batch (U, B, ...), then one actor step on the last slice."""
     args = agent.args
-    # The actor stands still while the critics learn, so the next actions of all slices are drawn at once.
-    next_actions = next_action_samples(agent, batch.next_obs)  # (U, B, S, A)
+    next_actions = agent.next_action_samples(batch.next_obs)  # (U, B, S, A); the actor stands still meanwhile
+    slices = [Batch(*fields) for fields in zip(*batch, strict=True)]
     info: dict[str, Tensor] = {}
-    for u in range(len(next_actions)):
-        last = Batch(*(field[u] for field in batch))
-        loss, info = double_q_loss(agent, last, next_actions[u])
+    for u, rows in enumerate(slices):
+        loss, info = agent.critic_loss(rows, next_actions[u])
         clipped_gradient_step(optimizers.critic, loss, args.grad_norm)
         move_towards(agent.target_critic, agent.critic, args.tau)
-    loss, actor_info = diffusion_actor_loss(agent, last)
+    loss, actor_info = agent.actor_loss(slices[-1])
     clipped_gradient_step(optimizers.actor, loss, args.grad_norm)
     move_towards(agent.target_actor, agent.actor, args.ema_rate)
     return {key: value.detach() for key, value in (info | actor_info).items()}
 
 
-def draw_batch(offline: ReplayBuffer, online: ReplayBuffer, offline_ratio: float, slices: int, rows: int) -> Batch:
-    """A batch (U, B, ...) in which every slice has the same share of offline rows [paper Sec. 5]."""
-    num_offline = round(offline_ratio * rows) if online.size else rows
-    parts = [b.sample(slices, n) for b, n in ((offline, num_offline), (online, rows - num_offline)) if n]
-    return Batch(*(torch.cat(fields, dim=1) for fields in zip(*parts, strict=True)))
+# ---- evaluation, log, save and resume --------------------------------------------------------------------------------
+def episode_seed(*words: int) -> int:
+    """The seed of a reset, from --seed, 0 for training or 1 for evaluation, and the number of the episode."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) >> 1  # simulators take seeds below 2**31
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: torch.device) -> dict[str, float]:
+    """Mean return, length and success of every policy, over the same episodes. Torch's random state is left alone."""
+    metrics: dict[str, float] = {}
+    for prefix, act in policies.items():
+        returns, lengths, successes = np.zeros((3, args.eval_episodes))
+        successes[:] = np.nan  # unknown, until a step mentions it
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(args.seed)
+            for first in tqdm(range(0, args.eval_episodes, len(envs)), desc=prefix, leave=False, disable=None):
+                running = dict(zip(range(first, args.eval_episodes), envs, strict=False))  # episode -> environment
+                obs = [env.reset(seed=episode_seed(args.seed, 1, i))[0] for i, env in running.items()]
+                while running:
+                    # Ended episodes keep their row: torch.compile wants batches of one shape.
+                    actions = act(torch.as_tensor(np.stack(obs), device=device)).cpu().numpy()
+                    for i, env in list(running.items()):
+                        obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
+                        returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
+                        successes[i] = np.fmax(successes[i], info.get("success", np.nan))
+                        if terminated or truncated:
+                            del running[i]
+        metrics |= {f"{prefix}return": returns.mean(), f"{prefix}length": lengths.mean()}
+        if not np.isnan(successes).all():  # where others have mentioned success, an episode without it has none
+            metrics[f"{prefix}success_rate"] = np.nan_to_num(successes).mean()
+    return metrics
 
 
+class Log:
+    """The folder of a run: args.json, metrics.csv with one value a row, TensorBoard. `state` is of a checkpoint."""
+
+    def __init__(self, folder: Path, args: Args, data_crc32: int, state: dict[str, Any], step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"script": Path(__file__).stem, "data_crc32": data_crc32, "starts": []}
+        if args.resume:
+            record = json.loads((folder / "args.json").read_text())
+        if record["data_crc32"] != data_crc32:
+            raise OSError(f"--resume {folder}: the data is not the same as the data that this run learned from")
+        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --exclude='*'"
+        found = (sys.modules.get(name) for name in ("torch", "numpy", "gymnasium", "mujoco"))
+        versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in found if m}
+        record["starts"].append({"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions})
+        record |= {"args": vars(args), "pid": os.getpid(), "host": platform.node()}
+        write_whole(folder / "args.json", json.dumps(record, indent=2).encode())
+        self.sums, self.started = state["sums"], time.monotonic() - state["seconds"]
+        self.file = open(folder / "metrics.csv", "ab")
+        self.file.truncate(state["bytes"])  # drops what a killed run has written after its checkpoint
+        if state["bytes"] == 0:
+            self.file.write(b"step,seconds,key,value\n")
+        if args.track:
+            wandb = importlib.import_module("wandb")
+            wandb.init(project="expo", name=folder.name, config=vars(args), sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=step)
+
+    def state(self) -> dict[str, Any]:
+        """What a new Log needs to continue from here. Everything before is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.started, "sums": dict(self.sums)}
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Remembers values (log key -> number or 0-d tensor) for the next `write`. Nothing leaves the device yet."""
+        for key, value in values.items():
+            total, count = self.sums.get(key, (0.0, 0))
+            self.sums[key] = total + torch.as_tensor(value, dtype=torch.float64), count + 1
+
+    def write(self, step: int) -> None:
+        """Writes the mean of everything added since the last `write`. A mean that is not finite ends the run."""
+        means = {key: float(total) / count for key, (total, count) in self.sums.items()}
+        self.sums, seconds = {}, time.monotonic() - self.started
+        for key, mean in means.items():
+            self.file.write(f"{step},{seconds:.3f},{key},{mean:.8g}\n".encode())
+            self.tensorboard.add_scalar(key, mean, step)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"step {step}: {key} is {mean}; lower the learning rates or check the rewards")
+        self.file.flush()
+        self.tensorboard.add_scalar("charts/SPS", max(step, 0) / seconds, step)
+        if "eval/return" in means:
+            words = [f"{key} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
+            tqdm.write(f"step {step:,}, {seconds:.0f} s:  {'  '.join(words)}")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: the run may be killed at any moment, and the disk may be full."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
+    """Writes checkpoint.pt: everything the next step depends on, but the simulator. Hence only between two episodes."""
+    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+        raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
+    state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}
+    state["optimizers"] = {name: part.state_dict() for name, part in vars(optimizers).items()}
+    state["rows"] = [field[buffer.num_offline : buffer.size].clone() for field in buffer.fields]
+    state |= {"random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    torch.save(state, content := io.BytesIO())
+    write_whole(folder / "checkpoint.pt", content.getvalue())
+
+
+def load(path: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer) -> dict[str, Any]:
+    """Puts back what `save` wrote. The file can hold tensors and plain values only: nothing in it is run."""
+    try:
+        state = torch.load(path, map_location=buffer.fields.obs.device, weights_only=True)
+        agent.load_state_dict(state["agent"])
+        for name, part in vars(optimizers).items():
+            part.load_state_dict(state["optimizers"][name])
+        buffer.add(*state["rows"])
+        torch.set_rng_state(state["random"].cpu())
+        torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda"]])
+    except Exception as error:  # torch raises many kinds
+        raise OSError(f"{path} is damaged, or of another run: {str(error).splitlines()[:1]}") from None
+    return state
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     """One run: load the data, learn offline if asked to, then act and learn online."""
-    device = cli.setup_torch(args)
-    env = make_task_env(args)
-    dataset = data.load(args, env)
-    obs_dim, action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    name = f"{args.task or args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}")
+    env_flags = args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys
+    env, eval_envs = make_env(*env_flags), [make_env(*env_flags) for _ in range(min(args.eval_episodes, 20))]
+    data = load_dataset(args.dataset, env, args.obs_keys)  # NumPy arrays: obs, actions, rewards, next_obs, terminations
+    obs_dim, action_dim = data[0].shape[1], data[1].shape[1]
+    if args.capture_video:
+        video_env = make_env(*env_flags, render_mode="rgb_array")
+        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # it records the first episode of every evaluation
+        eval_envs[0] = gym.wrappers.RecordVideo(video_env, str(folder / "videos"), lambda i: i % rounds == 0)
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
-    optimizers = make_dql_optimizers(agent, args)
-    dataset.rewards = args.reward_scale * dataset.rewards + args.reward_shift
-    offline = ReplayBuffer.from_dataset(dataset, device)
-    online = ReplayBuffer(args.total_timesteps, obs_dim, action_dim, device)
-    evaluation = Evaluation(args, device)  # of what acts
-    logger = Logger(args, script="baselines.diffusion_ql")
+    optimizers = Optimizers(agent, args)
+    buffer = ReplayBuffer(data, args.total_timesteps, device)
+    buffer.fields.rewards.mul_(args.reward_scale).add_(args.reward_shift)
+    if args.compile:
+        for name in ("drawn_actions", "next_action_samples", "critic_loss", "actor_loss"):
+            setattr(agent, name, torch.compile(getattr(agent, name), options={"fallback_random": True}))
+    policies = {"eval/": agent.drawn_actions}
 
-    with Run(args, logger, agent, optimizers, offline, online) as run:  # logs, saves, guards, resumes
-        # The same update on offline rows alone, before the first environment step. Logged at steps below 0.
-        for _ in run.steps(range(-args.offline_steps, 0), "offline", "update"):
-            logger.add(dql_update(agent, optimizers, draw_batch(offline, online, 1.0, 1, args.batch_size)))
+    # Offline updates have steps below 0, so that step 1 is the first environment step in every plot.
+    state: dict[str, Any] = {"step": -args.offline_steps - 1, "episode": 0}
+    state["log"] = {"bytes": 0, "seconds": 0.0, "sums": {}}
+    if (folder / "checkpoint.pt").exists():
+        state = load(folder / "checkpoint.pt", agent, optimizers, buffer)
+    first, saved, episode = state["step"] + 1, state["step"], state["episode"]
+    log = Log(folder, args, zlib.crc32(b"".join(field.tobytes() for field in data)), state["log"], first)
+    print(f"on {device}, in {folder}; to watch: tensorboard --logdir {folder.parent}; to continue: --resume {folder}")
+    # The first Ctrl-C or SIGTERM ends the run with its episode, and saves it. The second one ends it at once.
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
 
-        obs, episodic_return = run.first_obs(env)
-        for step in run.steps(range(1, args.total_timesteps + 1), "online", "step"):
-            if (step - 1) % args.eval_every == 0:  # before acting, so that a run stopped in here has lost nothing
-                evaluation.run(logger, step - 1, agent)
-            if step <= args.learning_starts:
-                action = 2 * torch.rand(action_dim) - 1
-            else:
-                action = agent(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
-            next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
-            online.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
-            obs, episodic_return = next_obs, episodic_return + float(reward)
-            if terminated or truncated:
-                logger.add({"charts/episodic_return": episodic_return})
-                obs, episodic_return = run.next_obs(env), 0.0
+    # The same update on offline rows alone, before the first environment step.
+    for step in tqdm(range(first, 0), desc="offline", unit="update", disable=None):
+        log.add(update(agent, optimizers, buffer.draw(1.0, 1, args.batch_size)))
+        if step % args.log_every == 0:
+            log.write(step)
+        if step % args.checkpoint_every == 0 or stop:
+            save(folder, agent, optimizers, buffer, log, step, episode)
+            if stop:
+                sys.exit(128 + stop[0])
+    if first <= 0:
+        log.add(evaluate(policies, eval_envs, args, device))
+        log.write(0)
 
-            if step > args.learning_starts:
-                batch = draw_batch(offline, online, args.offline_ratio, args.utd_ratio, args.batch_size)
-                logger.add(dql_update(agent, optimizers, batch))
-        evaluation.run(logger, args.total_timesteps, agent)
-        if args.save_model:
-            logger.save("agent.pt", {"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim})
+    obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
+    for step in tqdm(range(max(first, 1), args.total_timesteps + 1), desc="online", unit="step", disable=None):
+        if step <= args.learning_starts:
+            action = 2 * torch.rand(action_dim) - 1
+        else:
+            action = agent.drawn_actions(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
+        next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
+        buffer.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
+        obs, episodic_return = next_obs, episodic_return + float(reward)
+        if step > args.learning_starts:
+            log.add(update(agent, optimizers, buffer.draw(args.offline_ratio, args.utd_ratio, args.batch_size)))
+        if terminated or truncated:  # only the former is stored as an end
+            log.add({"charts/episodic_return": episodic_return})
+            episode += 1
+            obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
+        if step % args.eval_every == 0 or step == args.total_timesteps:
+            log.add(evaluate(policies, eval_envs, args, device))
+            log.write(step)
+        elif step % args.log_every == 0:
+            log.write(step)
+        due = stop or step - saved >= args.checkpoint_every
+        if step == args.total_timesteps or (due and (terminated or truncated)):
+            save(folder, agent, optimizers, buffer, log, step, episode)
+            saved = step
+            if stop:
+                sys.exit(128 + stop[0])
+
+    if args.save_model:
+        torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
+    print(f"done: {folder}")
 
 
 if __name__ == "__main__":
-    cli.run(main, Args, __doc__)
+    try:
+        main(parse_args(Args, __doc__))
+    except (OSError, FloatingPointError) as error:  # bad input, a full disk, a loss that is not finite
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,8 +1,8 @@
 """The binary Adroit tasks (pen, door, relocate, hammer) on gymnasium-robotics' hand.
 
-Reward 1 where the goal is reached after the step, else 0 (the tasks shift it by -1), and nothing ends an episode but
-its time limit: a success can be lost again. gymnasium-robotics' own dense rewards are not used: in door, relocate and
-hammer the reach term has the wrong sign.
+The reward is 1 if the goal is reached after the step, else 0 (the tasks shift it by -1). Only the time limit ends an
+episode, so a success can be lost again. gymnasium-robotics' own dense rewards are not used, because the sign of their
+reach term is wrong in door, relocate and hammer.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from utils.errors import InputError
+from utils import InputError
 
 # What a D4RL file stores beside qpos and qvel, to put the simulator into the state of a row.
 STATE_KEYS = {
@@ -48,8 +48,8 @@ class AdroitBinary(gym.Wrapper):
     def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """D4RL's arrays with this task's rewards: success after the row's step, recomputed where the file lacks it.
 
-        A dropped pen ends D4RL's episode. Here it does not (ending would pay, with rewards of -1), and as what comes
-        next is not in the file, those rows end by time.
+        A dropped pen ends D4RL's episode. Here it does not, because with rewards of -1 it would pay to end. What comes
+        next is not in the file, so that these rows end by time.
         """
         obs = arrays["observations"]
         if obs.shape[1] != WIDTHS[self.name]:
@@ -79,7 +79,11 @@ class AdroitBinary(gym.Wrapper):
 
 
 def make(name: str, render_mode: str | None = None) -> gym.Env:
-    """The binary task `name`; gymnasium registers this function as expo/AdroitPenBinary-v1 and so on."""
     module = importlib.import_module(f"gymnasium_robotics.envs.adroit_hand.adroit_{name}")
     env = getattr(module, f"AdroitHand{name.capitalize()}Env")(render_mode=render_mode)
     return AdroitBinary(env, name)
+
+
+for _name in WIDTHS:
+    _limit = 100 if _name == "pen" else 200
+    gym.register(f"expo/Adroit{_name.capitalize()}Binary-v1", make, max_episode_steps=_limit, kwargs={"name": _name})

@@ -1,36 +1,23 @@
 """D4RL's AntMaze on current MuJoCo, so that D4RL's rows and the simulator agree.
 
-gymnasium-robotics has an AntMaze too, with another ant, another origin and goals that move: rows of D4RL do not fit it.
-Here Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`) to be D4RL's ant, and walls are put around it;
-`python -m utils.data replay FILE --task antmaze-umaze` measures how well a file's rows fit.
-Differences from ant.xml: time step .02, softer contacts (solref, solimp), motors of gear 1 with +-30 N m.
+gymnasium-robotics has an AntMaze too, but with another ant, another origin, and goals that move. D4RL's rows do not fit it.
+Here Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`): the time step is .02, contacts are softer (solref,
+solimp), the motors have gear 1 and +-30 N m, and walls stand around the ant. The command
+`python tools/data.py replay FILE --task antmaze-umaze` measures how well the rows of a file fit.
 """
 
 import importlib
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import gymnasium.envs.mujoco.mujoco_env as gymnasium_mujoco
 import numpy as np
 from gymnasium import spaces
 
-from utils.errors import InputError
+from utils import InputError
+from utils.tasks import MAZES
 
-MAPS = {  # 1 wall, r start, g goal: the maps that D4RL evaluates on
-    "umaze": ("11111", "1r001", "11101", "1g001", "11111"),
-    "medium": ("11111111", "1r011001", "10010001", "11000111", "10010001", "10100101", "100010g1", "11111111"),
-    "large": (
-        "111111111111",
-        "1r0001000001",
-        "101101010101",
-        "100000010001",
-        "101111011101",
-        "100101000001",
-        "110101010111",
-        "100100010g01",
-        "111111111111",
-    ),
-}
 mujoco: Any = importlib.import_module("mujoco")  # its compiled part has no types
 CELL = 4.0  # metres
 MAX_TORQUE = 30.0  # N m per motor, at action +-1
@@ -40,7 +27,7 @@ GOAL_RADIUS = 0.5  # metres
 
 def find_cell(maze: str, letter: str) -> np.ndarray:
     """(row, column) of the first cell marked `letter` in the map."""
-    rows = MAPS[maze]
+    rows = MAZES[maze]
     return next(np.array([i, row.index(letter)]) for i, row in enumerate(rows) if letter in row)
 
 
@@ -54,7 +41,7 @@ def make_model(maze: str, render_size: int = 480) -> Any:
     assets = Path(gymnasium_mujoco.__file__).parent / "assets"
     spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
     spec.option.timestep = 0.02
-    rows = MAPS[maze]
+    rows = MAZES[maze]
     floor = next(geom for geom in spec.geoms if geom.name == "floor")
     floor.size, floor.material, floor.rgba = [2 * CELL * len(rows[0])] * 2 + [CELL], "", [0.6, 0.6, 0.55, 1]
     for i, row in enumerate(rows):
@@ -84,16 +71,16 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
     """An ant that walks through a maze to a goal it is not shown: the goal is (nearly) the same in every episode.
 
     Observation (29,): torso position (x, y, z) and orientation (w, x, y, z), 8 joint angles, 6 + 8 velocities.
-    Action (8,): torques as shares of 30 N m, .1 s long. Reward 1 and the end of the episode within .5 m of the goal,
-    else 0; falling does not end it. The time limit is the registered one (700 in umaze, 1000 else).
+    Action (8,): torques as shares of 30 N m, for .1 s. Within .5 m of the goal the reward is 1 and the episode ends.
+    Otherwise the reward is 0. A fall does not end the episode.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
 
     def __init__(self, maze: str, render_mode: str | None = None):
         self.maze, self.goal = maze, np.zeros(2)
-        span = CELL * max(len(MAPS[maze]), len(MAPS[maze][0]))
-        middle = cell_position(maze, np.array([len(MAPS[maze]) - 1, len(MAPS[maze][0]) - 1]) / 2)
+        span = CELL * max(len(MAZES[maze]), len(MAZES[maze][0]))
+        middle = cell_position(maze, np.array([len(MAZES[maze]) - 1, len(MAZES[maze][0]) - 1]) / 2)
         camera = {"distance": 1.1 * span, "elevation": -80, "azimuth": 90, "lookat": np.array([*middle, 0])}
         space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
         super().__init__("ant.xml", FRAME_SKIP, space, render_mode, default_camera_config=camera)
@@ -133,3 +120,7 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         obs = rows["observations"][i].astype(np.float64)
         mujoco.mj_resetData(self.model, self.data)
         self.set_state(obs[:15], obs[15:])
+
+
+for _name, _limit in (("UMaze", 700), ("Medium", 1000), ("Large", 1000)):
+    gym.register(f"expo/AntMaze{_name}-v2", AntMaze, max_episode_steps=_limit, kwargs={"maze": _name.lower()})

@@ -1,15 +1,11 @@
-"""Environments: flat float32 observations, actions in [-1, 1], a time limit, and success in `info`."""
+"""Environments with flat float32 observations, actions in [-1, 1], a time limit, and `success` in their infos."""
 
-import atexit
 import contextlib
-import importlib
-import math
+import io
 import os
 import sys
-import tempfile
-import traceback
 import warnings
-from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,237 +13,128 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from utils.errors import InputError
-from utils.files import reason
+from utils import InputError
+from utils.tasks import TASKS
 
+# This project's own environments are expo/AntMaze... and so on. Each simulator's module registers its own.
+SIMULATORS = {"AntMaze": "antmaze", "Adroit": "adroit", "OGBench": "ogbench_env", "Robomimic": "robosuite_env"}
 SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
 
-# This project's own environments: Gymnasium id -> (entry point, its arguments, time limit in actions).
-OWN: dict[str, tuple[str, dict[str, Any], int]] = {
-    "expo/AntMazeUMaze-v2": ("utils.antmaze:AntMaze", {"maze": "umaze"}, 700),
-    "expo/AntMazeMedium-v2": ("utils.antmaze:AntMaze", {"maze": "medium"}, 1000),
-    "expo/AntMazeLarge-v2": ("utils.antmaze:AntMaze", {"maze": "large"}, 1000),
-    "expo/AdroitPenBinary-v1": ("utils.adroit:make", {"name": "pen"}, 100),
-    "expo/AdroitDoorBinary-v1": ("utils.adroit:make", {"name": "door"}, 200),
-    "expo/AdroitRelocateBinary-v1": ("utils.adroit:make", {"name": "relocate"}, 200),
-    "expo/AdroitHammerBinary-v1": ("utils.adroit:make", {"name": "hammer"}, 200),
-    "expo/OGBenchCubeSingle-v0": ("utils.ogbench_data:make", {"name": "cube-single-singletask-v0"}, 200),
-    "expo/OGBenchCubeDouble-v0": ("utils.ogbench_data:make", {"name": "cube-double-singletask-v0"}, 500),
-    "expo/OGBenchScene-v0": ("utils.ogbench_data:make", {"name": "scene-singletask-v0"}, 750),
-    "expo/OGBenchPuzzle3x3-v0": ("utils.ogbench_data:make", {"name": "puzzle-3x3-singletask-v0"}, 500),
-    "expo/RobomimicLift-v1": ("utils.robosuite_env:Robosuite", {"name": "Lift"}, 400),
-    "expo/RobomimicCan-v1": ("utils.robosuite_env:Robosuite", {"name": "PickPlaceCan"}, 400),
-    "expo/RobomimicSquare-v1": ("utils.robosuite_env:Robosuite", {"name": "NutAssemblySquare"}, 400),
-}
-INSTALL = {
-    "ogbench": "pip install -r requirements-ogbench.txt",
-    "robosuite": "install requirements-robomimic.txt into an environment of its own, see docs/data.md",
-    "gymnasium_robotics": "pip install -r requirements.txt",
-}
-# float64 bounds become float32 on purpose. OGBench makes its spaces anew, and would warn, whenever they are asked for.
-warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
-EGL = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
+
+def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_keys=(), render_mode=None) -> gym.Env:
+    """One environment with observations (O,) float32 and actions (A,) in [-1, 1]; an InputError if that cannot be.
+
+    `task` brings what its environment is made with, such as the map of a maze. `max_episode_steps` counts actions; 0
+    keeps the environment's own limit. `obs_keys` chooses observations where the environment can (robomimic).
+    """
+    kwargs: dict[str, Any] = dict(TASKS[task].env_kwargs) if task in TASKS and TASKS[task].env_id == env_id else {}
+    if obs_keys and "obs_keys" in kwargs:
+        kwargs["obs_keys"] = tuple(obs_keys)
+    if max_episode_steps:
+        kwargs["max_episode_steps"] = -1  # the limit goes outside of the action repeat
+    try:
+        env = create(env_id, kwargs, render_mode)
+        space = env.action_space
+        if not isinstance(space, spaces.Box):
+            raise InputError(f"{type(space).__name__} actions; they must be a continuous Box")
+        unusable = ~(np.isfinite(space.low) & np.isfinite(space.high) & (space.low < space.high))
+        if unusable.any():
+            low, high, place = space.low[unusable][0], space.high[unusable][0], unusable.argmax()
+            raise InputError(f"action dimension {place} goes from {low} to {high}; wrap it with finite, unequal bounds")
+        if not env.observation_space.is_np_flattenable:
+            raise InputError(f"observations that cannot be flattened: {env.observation_space}")
+        if not max_episode_steps and (env.spec is None or env.spec.max_episode_steps is None):
+            raise InputError("it has no time limit; give --max-episode-steps")
+    except Exception as error:
+        from utils.failures import failure
+
+        raise failure(error, f"--env-id {env_id!r}") from error
+    env = ActionRepeat(env, action_repeat)
+    if max_episode_steps:
+        env = gym.wrappers.TimeLimit(env, max_episode_steps)
+    if len(space.shape) != 1:
+        env = gym.wrappers.TransformAction(env, lambda a: np.reshape(a, space.shape), spaces.flatten_space(space))
+    number: Any = space.dtype.type if space.dtype.kind == "f" else np.float32
+    return Checked(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, number(-1), number(1))))
+
+
+def create(env_id: str, kwargs: dict[str, Any], render_mode: str | None) -> gym.Env:
+    """`gymnasium.make`, with everything registered that `env_id` can mean."""
+    if render_mode:
+        return import_module("utils.rendering").try_out(create, env_id, kwargs | {"render_mode": render_mode})
+    if sys.platform.startswith("linux") and not (os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY")):
+        os.environ.setdefault("PYOPENGL_PLATFORM", "egl")  # PyOpenGL chooses when it is imported, pictures or not
+    for prefix, module in SIMULATORS.items():
+        if env_id.startswith(f"expo/{prefix}"):
+            import_module(f"utils.{module}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it talks about other tasks
+            gym.register_envs(import_module("gymnasium_robotics"))
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    if hasattr(env.unwrapped, "tmp_xml_file_path"):  # gymnasium-robotics leaves a maze's model file behind
+        Path(env.get_wrapper_attr("tmp_xml_file_path")).unlink(missing_ok=True)
+    return env
 
 
 class ActionRepeat(gym.Wrapper):
-    """Applies each action `repeat` times, sums the rewards, and stops at the end of an episode."""
+    """Applies each action `repeat` times, sums the rewards, and stops at the end of an episode.
+
+    An action succeeds if one of its steps does. `info["success"]` is there once the environment has mentioned success:
+    from then on, silence means no.
+    """
 
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
-        self.repeat = repeat
+        self.repeat, self.mentioned = repeat, False
+        self.native_spaces = env.observation_space, env.action_space
 
     def step(self, action):
-        total = 0.0
+        total, success = 0.0, False
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
+            if np.size(reward) != 1:
+                raise InputError(f"the reward has shape {np.shape(reward)}; one number is needed")
+            total += float(np.asarray(reward).reshape(()))
+            said = [bool(np.any(info[key])) for key in SUCCESS_KEYS if key in info]
+            self.mentioned, success = self.mentioned or bool(said), success or any(said)
             if terminated or truncated:
                 break
-        return obs, total, terminated, truncated, info
+        return obs, total, terminated, truncated, info | {"success": success} if self.mentioned else info
 
 
-class Guard(gym.Wrapper):
-    """Names what goes wrong in an environment: an exception, a wrong shape, a value that is not finite.
+class Checked(gym.Wrapper):
+    """Observations become float32. Whatever goes wrong in the environment is an InputError that says where."""
 
-    Raises:
-        InputError: with the environment, the step of the episode, the quantity, and the line that raised.
-    """
-
-    steps = 0  # of the episode
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.steps = 0  # of the episode
 
     def reset(self, **kwargs):
         self.steps = 0
-        with self.named("reset"):
-            obs, info = self.env.reset(**kwargs)
-            self.check(obs, 0.0)
-        return obs, info
+        return self.checked(self.env.reset, **kwargs)
 
     def step(self, action):
         self.steps += 1
-        with self.named(f"step {self.steps} of an episode"):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            self.check(obs, float(reward))
-        return obs, reward, terminated, truncated, info
+        return self.checked(self.env.step, action)
 
-    def check(self, obs: np.ndarray, reward: float) -> None:
-        shape = self.observation_space.shape
-        if np.shape(obs) != shape:
-            raise InputError(f"the observation has shape {np.shape(obs)}, its space {shape}")
-        if not np.isfinite(obs).all():
-            place = int(np.flatnonzero(~np.isfinite(obs))[0])
-            raise InputError(f"the observation is not finite ({obs[place]} in dimension {place})")
-        if not math.isfinite(reward):
-            raise InputError(f"the reward is {reward}")
-
-    @contextlib.contextmanager
-    def named(self, moment: str) -> Iterator[None]:
-        name = self.spec.id if self.spec else type(self.unwrapped).__name__
+    def checked(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `function` of the environment returns: an observation first, and a reward if there are five values."""
         try:
-            yield
-        except InputError as error:
-            raise InputError(f"environment {name!r}, {moment}: {error}") from None
+            obs, *rest = function(*args, **kwargs)
+            with np.errstate(over="ignore"):
+                obs = np.asarray(obs, np.float32)
+            if obs.shape != self.observation_space.shape:
+                raise InputError(f"the observation has shape {obs.shape}, its space {self.observation_space.shape}")
+            if not np.isfinite(obs).all():
+                raise InputError(f"the observation is not finite in dimension {np.isfinite(obs).argmin()}")
+            if len(rest) == 4 and not np.isfinite(rest[0]):
+                raise InputError(f"the reward is {rest[0]}")
+            return obs, *rest
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(last.filename).name}:{last.lineno}"
-            raise InputError(
-                f"environment {name!r}, {moment}: {type(error).__name__}: {reason(error)} ({where})"
-            ) from error
+            from utils.failures import failure
 
-
-@contextlib.contextmanager
-def maze_files(env_id: str) -> Iterator[None]:
-    """A temporary folder of its own for the model file of a gymnasium-robotics maze, read once and never removed.
-
-    In the common folder the file is named by the clock: many runs at a time could read each other's.
-    """
-    entry = gym.registry[env_id].entry_point if env_id in gym.registry else None
-    if not str(entry).startswith("gymnasium_robotics.envs.maze"):
-        yield
-        return
-    usual = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="expo-maze-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = usual
-
-
-def make_env(
-    env_id: str,
-    env_kwargs: dict[str, Any] | None = None,
-    max_episode_steps: int = 0,
-    action_repeat: int = 1,
-    render: bool = False,
-) -> gym.Env:
-    """One environment with observations (O,) float32 and actions (A,) in [-1, 1].
-
-    Args:
-        env_id: a registered Gymnasium id; gymnasium-robotics' ids are registered if it is installed.
-        env_kwargs: handed to `gymnasium.make`.
-        max_episode_steps: time limit in actions; 0 keeps the environment's own.
-        action_repeat: simulator steps per action.
-        render: make it with `render_mode="rgb_array"`.
-
-    Raises:
-        InputError: unknown id, no continuous Box action space, an observation that cannot be flattened.
-    """
-    kwargs = dict(env_kwargs or {})
-    if render:
-        kwargs["render_mode"] = "rgb_array"
-    if max_episode_steps:
-        kwargs["max_episode_steps"] = -1  # ours goes outside of the action repeat
-    try:
-        prepare_rendering(render)
-        register_envs()
-        with warnings.catch_warnings(), maze_files(env_id):
-            warnings.simplefilter("ignore")
-            env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        if render:
-            env.reset(seed=0)
-            env.render()
-            atexit.register(env.close)  # while the graphics library is still there
-    except gym.error.Error as error:
-        raise InputError(f"--env-id {env_id!r}: {' '.join(str(error).split())}") from None
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        how = f" ({INSTALL[package]})" if package in INSTALL else ""
-        raise InputError(f"--env-id {env_id!r} needs a package that is not installed: {package}{how}") from None
-    except InputError:
-        raise
-    except Exception as error:  # of rendering: OpenGL's loaders raise whatever they like
-        if not render:
-            raise
-        raise InputError(f"--capture-video: {rendering_problem(error)}") from None
-    if not isinstance(env.action_space, spaces.Box):
-        kind = type(env.action_space).__name__
-        raise InputError(f"--env-id {env_id!r} has a {kind} action space; EXPO needs a continuous Box one")
-    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-        raise InputError(f"--env-id {env_id!r} has unbounded actions; wrap it so that its Box has finite bounds")
-    if not env.observation_space.is_np_flattenable:
-        raise InputError(f"--env-id {env_id!r} has observations that cannot be flattened: {env.observation_space}")
-    if action_repeat > 1:
-        env = ActionRepeat(env, action_repeat)
-    if max_episode_steps:
-        env = gym.wrappers.TimeLimit(env, max_episode_steps)
-    shape = env.action_space.shape
-    if shape is not None and len(shape) != 1:
-        env = gym.wrappers.TransformAction(env, lambda a: np.reshape(a, shape), spaces.flatten_space(env.action_space))
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    env = gym.wrappers.FlattenObservation(env)
-    return Guard(gym.wrappers.DtypeObservation(env, np.float32))
-
-
-def register_envs() -> None:
-    """Registers this project's environments, and gymnasium-robotics' where it is installed; again does nothing."""
-    for env_id, (entry_point, kwargs, limit) in OWN.items():
-        if env_id not in gym.registry:
-            gym.register(env_id, entry_point, kwargs=kwargs, max_episode_steps=limit)
-    try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):
-            warnings.simplefilter("ignore")  # of Adroit's dense rewards, which no task here uses
-            import gymnasium_robotics
-
-            gym.register_envs(gymnasium_robotics)
-    except ImportError:
-        pass
-
-
-def prepare_rendering(render: bool) -> None:
-    """Lets MuJoCo render without a display: with EGL, unless the user has chosen (MUJOCO_GL) or has a display.
-
-    PyOpenGL chooses when it is first imported, which an environment that does not render may do: so it is told always.
-    MuJoCo is told only if there is something to render, as it opens the graphics device at once.
-    """
-    if os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY") or not sys.platform.startswith("linux"):
-        return
-    os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
-    if render:
-        os.environ["MUJOCO_GL"] = "egl"
-        for name in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):
-            if name in sys.modules:  # imported before the choice: it would look for a display
-                with contextlib.suppress(Exception):  # without EGL; the first picture says so in its own words
-                    importlib.reload(sys.modules[name])
-
-
-def rendering_problem(error: Exception) -> str:
-    """What to do about an exception while rendering."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    if os.environ.get("MUJOCO_GL") == "egl":
-        return f"rendering without a display needs EGL (Debian: {EGL}); {text}"
-    return f"rendering failed with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({text}); try MUJOCO_GL=egl"
-
-
-def native_action_bounds(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bound (A,) of the environment's own actions, the ones its data sets are written in."""
-    space = env.unwrapped.action_space
-    assert isinstance(space, spaces.Box)
-    return space.low.reshape(-1), space.high.reshape(-1)
-
-
-def success_of(info: dict[str, Any]) -> bool | None:
-    """Whether the step reports success; None where the environment does not say."""
-    for key in SUCCESS_KEYS:
-        if key in info:
-            return bool(info[key])
-    return None
+            name = self.spec.id if self.spec else type(self.unwrapped).__name__
+            moment = f"step {self.steps} of an episode" if self.steps else "reset"
+            raise failure(error, f"environment {name!r}, {moment}") from error

@@ -1,92 +1,61 @@
-"""The quickstart's maze (gymnasium-robotics PointMaze on MuJoCo) and its generated offline data.
+"""The quickstart's demonstrations in gymnasium-robotics' PointMaze: made here in seconds, nothing is downloaded.
 
-Nothing is downloaded: a waypoint controller produces the demonstrations in seconds. It walks shortest paths between
-cell centres with random tie-breaks, sometimes makes a detour, has a speed of its own in every episode, its actions
-carry correlated noise, and in a share of the episodes it walks to another cell and stops there. What keeps imitation
-from solving the task is the time limit, which lies near the demonstrators' own speed.
+A controller walks shortest paths between the centres of cells. Sometimes it makes a detour, or walks to another cell and
+stops there. Every episode has a speed of its own, and the actions carry correlated noise.
 """
 
 import collections
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 
-MAPS = {  # 1 wall, r start, g goal: one of each, so that every episode is the same errand with noise on both ends
-    "umaze": ("11111", "1r001", "11101", "1g001", "11111"),
-    "medium": ("11111111", "1r011001", "10010001", "11000111", "10010001", "10100101", "100010g1", "11111111"),
-    "large": (
-        "111111111111",
-        "1r0001000001",
-        "101101010101",
-        "100000010001",
-        "101111011101",
-        "100101000001",
-        "110101010111",
-        "100100010g01",
-        "111111111111",
-    ),
-}
-
-SPEED = (1.2, 3.0)  # metres per second, drawn once per episode
+from utils import InputError
+from utils.arrays import Arrays, cache_dir, write_d4rl
+from utils.envs import make_env
+from utils.tasks import MAZES, TASKS
 
 
-def maze_map(name: str) -> list[list[int | str]]:
-    """The map `name` in gymnasium-robotics' form: rows of 0, 1, "r" and "g"."""
-    return [[int(c) if c in "01" else c for c in row] for row in MAPS[name]]
+def demonstrations(name: str, env: gym.Env | None = None, num_episodes: int = 60, seed: int = 0) -> Path:
+    """The file of the task `name` in the cache, the same for the same seed. It is made if it is not there.
 
-
-def cell_center(cell: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """Position (x, y) in metres of the middle of `cell` (row, column); a cell is 1 m, the map's middle the origin."""
-    return np.array([cell[1] + 0.5 - shape[1] / 2, shape[0] / 2 - cell[0] - 0.5])
-
-
-def shortest_path(free: np.ndarray, start: tuple[int, int], goal: tuple[int, int], rng: np.random.Generator):
-    """A shortest path of cells from `start` (excluded) to `goal`, ties broken at random; `free` (rows, columns)."""
-    previous: dict[tuple[int, int], tuple[int, int]] = {start: start}
-    queue = collections.deque([start])
-    while queue:
-        cell = queue.popleft()
-        for row, col in rng.permutation([(0, 1), (1, 0), (0, -1), (-1, 0)]):
-            neighbor = (cell[0] + int(row), cell[1] + int(col))
-            if free[neighbor] and neighbor not in previous:
-                previous[neighbor] = cell
-                queue.append(neighbor)
-    path = [goal]
-    while previous[path[-1]] != start:
-        path.append(previous[path[-1]])
-    return path[::-1]
-
-
-def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> dict[str, np.ndarray]:
-    """Demonstrations as D4RL-layout arrays.
-
-    Args:
-        env: the task's environment as `utils.envs.make_env` makes it (flat observations, actions in [-1, 1]).
-        maze: name of the map.
-        num_episodes: how many episodes.
-        seed: of the controller and of the environment's resets; the same seed gives the same arrays.
-
-    Returns:
-        observations (n, 8), actions (n, 2), rewards (n,), next_observations (n, 8), terminals (n,), timeouts (n,) and
-        infos/success (n,), float32 and bool.
+    `env` is where the rows will be used: an action must last as long there as it did here.
     """
+    known = [task for task in TASKS if task.startswith("pointmaze-")]
+    if name not in known:
+        raise InputError(f"generated:{name} is unknown (known: {', '.join(f'generated:{task}' for task in known)})")
+    settings = TASKS[name].settings
+    limit, repeat = settings["max_episode_steps"], settings["action_repeat"]
+    there = env.get_wrapper_attr("repeat") if env is not None and env.has_wrapper_attr("repeat") else repeat
+    if there != repeat:
+        raise InputError(f"--action-repeat {there}: generated:{name} was made with {repeat}; its actions are others")
+    path = cache_dir() / f"{name}-{num_episodes}x{limit}x{repeat}-seed{seed}.hdf5"
+    if not path.exists():
+        maker = make_env(TASKS[name].env_id, name, limit, repeat)
+        arrays = generate(maker, name.removeprefix("pointmaze-"), num_episodes, seed)
+        write_d4rl(path, arrays, {"task": name, "seed": seed, "num_episodes": num_episodes})
+    return path
+
+
+def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> Arrays:
+    """Demonstrations as flat arrays under D4RL's keys: observations are 8 wide, actions 2."""
     rng = np.random.default_rng(seed)
-    grid = np.array([list(row) for row in MAPS[maze]])
-    free = grid != "1"
-    start, goal = ((int(row), int(col)) for row, col in (np.argwhere(grid == letter)[0] for letter in "rg"))
-    cells = [(int(row), int(col)) for row, col in np.argwhere(free) if (row, col) not in (start, goal)]
+    grid = np.array([list(row) for row in MAZES[maze].split()])
+    start, goal = (tuple(map(int, np.argwhere(grid == letter)[0])) for letter in "rg")
+    cells = [(int(row), int(col)) for row, col in np.argwhere(grid == "0")]
     rows = collections.defaultdict(list)
     for episode in range(num_episodes):
-        obs, _ = env.reset(seed=seed * 1_000_003 + episode)
+        obs, _ = env.reset(seed=(seed * 1_000_003 + episode) % 2**31)
         target = cells[rng.integers(len(cells))] if rng.random() < 0.2 else goal
         path = []
         if rng.random() < 0.3:  # a detour: first to a random cell, then on to the target
-            path = shortest_path(free, start, cells[rng.integers(len(cells))], rng)
-        path += shortest_path(free, path[-1] if path else start, target, rng)
-        waypoints = [cell_center(cell, grid.shape) + rng.uniform(-0.1, 0.1, 2) for cell in path]
-        if target == goal:
-            waypoints[-1] = obs[2:4]  # the goal itself, position noise included
-        speed, noise, index, done = rng.uniform(*SPEED), np.zeros(2), 0, False
+            path = shortest_path(grid, start, cells[rng.integers(len(cells))], rng)
+        path += shortest_path(grid, path[-1] if path else start, target, rng)
+        # A cell is 1 m wide, and the middle of the map is the origin. The goal is known with its own noise.
+        centers = [np.array([col + 0.5 - grid.shape[1] / 2, grid.shape[0] / 2 - row - 0.5]) for row, col in path]
+        waypoints = [center + rng.uniform(-0.1, 0.1, 2) for center in centers]
+        waypoints[-1] = obs[2:4] if target == goal else waypoints[-1]
+        speed, noise, index, done = rng.uniform(1.2, 3.0), np.zeros(2), 0, False  # speed in m/s
         while not done:
             position, velocity = obs[4:6], obs[6:8]
             while index < len(waypoints) - 1 and np.linalg.norm(waypoints[index] - position) < 0.35:
@@ -97,15 +66,25 @@ def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> dict[str,
             action = np.clip(0.6 * (desired - velocity) + 0.6 * noise, -1, 1).astype(np.float32)
             next_obs, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated
-            for key, value in {
-                "observations": obs,
-                "actions": action,
-                "rewards": np.float32(reward),
-                "next_observations": next_obs,
-                "terminals": terminated,
-                "timeouts": truncated and not terminated,
-                "infos/success": bool(info["success"]),
-            }.items():
+            row = {"observations": obs, "actions": action, "rewards": np.float32(reward), "next_observations": next_obs}
+            row |= {"terminals": terminated, "timeouts": truncated and not terminated, "infos/success": info["success"]}
+            for key, value in row.items():
                 rows[key].append(value)
             obs = next_obs
     return {key: np.array(values) for key, values in rows.items()}
+
+
+def shortest_path(grid: np.ndarray, start: tuple[int, ...], goal: tuple[int, ...], rng: np.random.Generator) -> list:
+    """A shortest path of cells (row, column) from `start`, which is left out, to `goal`; ties are broken at random."""
+    previous, queue = {start: start}, collections.deque([start])
+    while queue:
+        cell = queue.popleft()
+        for row, col in rng.permutation([(0, 1), (1, 0), (0, -1), (-1, 0)]):
+            neighbor = (cell[0] + int(row), cell[1] + int(col))
+            if grid[neighbor] != "1" and neighbor not in previous:
+                previous[neighbor] = cell
+                queue.append(neighbor)
+    path = [goal]
+    while previous[path[-1]] != start:
+        path.append(previous[path[-1]])
+    return path[::-1]

@@ -1,7 +1,7 @@
 """robomimic's tasks (lift, can, square) on robosuite 1.5, with the observations that robomimic's files store.
 
-robosuite needs an environment of its own: requirements-robomimic.txt. Reward 1 and the end of the episode at the first
-success, else 0, as the demonstrations stop soon after it; the time limit is the registered one (400 actions of .05 s).
+robosuite needs a Python environment of its own: requirements-robomimic.txt. The first success has reward 1 and ends the
+episode, because the demonstrations stop soon after it. Any other step has reward 0. An action lasts .05 s.
 """
 
 import logging
@@ -12,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from utils.errors import InputError
-from utils.robomimic import OBS_KEYS
+from utils import InputError
+from utils.layouts import OBS_KEYS
 
 
 class Robosuite(gym.Env):
@@ -26,11 +26,9 @@ class Robosuite(gym.Env):
         import robosuite  # pyright: ignore[reportMissingImports]
         from robosuite.controllers import load_composite_controller_config  # pyright: ignore[reportMissingImports]
 
-        self.robosuite_name, self.obs_keys, self.render_mode = name, tuple(obs_keys), render_mode
+        self.name, self.obs_keys, self.render_mode = name, tuple(obs_keys), render_mode
         controller = load_composite_controller_config(robot="Panda")
-        arm = controller["body_parts"]["right"]
-        # What a data set's actions mean: files that record another value do not fit.
-        self.recorded = {"control_freq": 20, "kp": arm["kp"], "output_max": arm["output_max"]}
+        self.arm = controller["body_parts"]["right"]
         self.env: Any = robosuite.make(
             name,
             robots="Panda",
@@ -77,6 +75,17 @@ class Robosuite(gym.Env):
     def close(self) -> None:
         self.env.close()
 
+    def check_recording(self, env_args: dict[str, Any]) -> None:
+        """Raises InputError where a robomimic file's `env_args` say that its actions or rewards mean another thing."""
+        settings = env_args.get("env_kwargs") or {}
+        controller = settings.get("controller_configs") or {}
+        controller = (controller.get("body_parts") or {}).get("right") or controller  # robosuite 1.5, or before
+        here = {"env_name": self.name, "control_freq": 20, "kp": self.arm["kp"], "output_max": self.arm["output_max"]}
+        there = {**controller, **settings, **env_args}
+        for key, value in here.items():
+            if there.get(key, value) != value:
+                raise InputError(f"it was recorded with {key} {there[key]}; the task has {value}: its actions differ")
+
     def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Demonstrations up to their first success, which is terminal; what follows it cannot happen here."""
         success, ends = arrays["infos/success"].astype(bool), arrays["ends"]
@@ -95,3 +104,7 @@ def _seed_samplers(sampler: Any, rng: np.random.Generator) -> None:
     sampler.rng = rng
     for inner in getattr(sampler, "samplers", {}).values():
         _seed_samplers(inner, rng)
+
+
+for _name, _robosuite in (("Lift", "Lift"), ("Can", "PickPlaceCan"), ("Square", "NutAssemblySquare")):
+    gym.register(f"expo/Robomimic{_name}-v1", Robosuite, max_episode_steps=400, kwargs={"name": _robosuite})

@@ -1,187 +1,226 @@
-"""The table of tasks: environment, data, and every flag default that a task sets differently from the scripts."""
+"""The table of tasks, and the command line that lays a task's settings over a script's own defaults."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+# A task is an environment, offline data for it, and values for the flags that need another one there than the scripts'
+# own defaults, which are the published ones. `--task NAME` takes all three. A flag on the command line still wins.
 
-import gymnasium as gym
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from utils.envs import make_env
-from utils.pointmaze import maze_map
+import tyro
+
+from utils import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table.
-
-    Attributes:
-        env_id: the Gymnasium id.
-        dataset: what `--dataset` would name, see `utils.data.load`.
-        about: one line for `--help` and `python -m utils.data list`.
-        settings: flag name -> default of this task; a flag given on the command line wins. Flags that a script does not
-            have (a baseline's) are passed over there.
-        finetune: more settings, for expo_finetune.py alone; they go before the others.
-        env_kwargs: handed to `gymnasium.make`.
-        source: where the settings are from.
-    """
-
-    env_id: str
-    dataset: tuple[str, ...]
+    env_id: str  # Gymnasium's name of the environment
+    dataset: tuple[str, ...]  # what --dataset would say
     about: str
-    settings: dict[str, Any]
-    finetune: dict[str, Any] = field(default_factory=dict)
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
-    source: str = "ours"
-
-    def defaults(self, flags: Collection[str]) -> dict[str, Any]:
-        """Flag name -> default of this task, for a script that has these `flags`."""
-        finetunes = "pretrained" in flags
-        settings = {**self.settings, **(self.finetune if finetunes else {})}
-        return {name: value for name, value in settings.items() if name in flags}
+    settings: dict[str, Any]  # flag -> value; a script passes over the flags that it does not have
+    finetune: dict[str, Any] = field(default_factory=dict)  # more settings, for expo_finetune.py alone
+    env_kwargs: dict[str, Any] = field(default_factory=dict)  # for gymnasium.make
+    source: str = "ours"  # of the settings
 
 
-# Sized for a laptop CPU: small networks, few samples, warm critics before the first environment step.
-QUICKSTART = {
-    "threads": 1,  # networks this small gain little from a second one, and lose everything to a neighbour that uses it
-    # 10 at the goal, 0 before it. With -1 per step, what the critics do not know yet looks better than what they know
-    # for some 1 / (tau (1 - gamma)) updates. One action moves the value by a share 1 - gamma: at .99 that drowns in the
-    # error of critics this small. Hence also actions as long as the maze allows, and few of them per episode.
-    "action_repeat": 10,
-    "reward_scale": 10.0,
-    "gamma": 0.96,
-    "total_timesteps": 600,
-    "learning_starts": 0,
-    "pretrain_steps": 3_000,
-    "offline_steps": 1_500,
-    "eval_every": 100,
-    "eval_episodes": 20,
-    "log_every": 50,
-    "checkpoint_every": 500,
-    "utd_ratio": 4,
-    "batch_size": 128,
-    "num_base_samples": 4,
-    "num_edit_samples": 4,
-    "denoising_steps": 5,
-    "num_critics": 4,
-    "hidden_dim": 64,
-    "hidden_layers": 2,
-    "base_hidden_dim": 64,
-    "base_blocks": 1,
-    "base_expansion": 2,
-    "edit_scale": 0.2,
-    "init_alpha": 0.1,
-    # Value takes 1 / tau updates to travel one action back, and what is wrong of it, as in a pocket beside the goal
-    # that few demonstrations enter, 1 / (tau (1 - gamma)) to go away. With .02 success on the large map fell to 0 for
-    # 300 environment steps and more; .005 needs a far longer warm-up as well.
-    "tau": 0.05,
-    "critic_lr": 1e-4,  # steadier than 3e-4 in single runs; not compared by itself
-    "ema_rate": 0.005,  # an average over 200 updates, since a run has a few thousand
+MAZES = {  # rows from the top; 1 wall, r start, g goal
+    "umaze": "11111 1r001 11101 1g001 11111",
+    "medium": "11111111 1r011001 10010001 11000111 10010001 10100101 100010g1 11111111",
+    "large": "111111111111 1r0001000001 101101010101 100000010001 101111011101 100101000001 110101010111 100100010g01 "
+    "111111111111",
 }
 
+# The quickstart is ours, and sized for a laptop without a GPU: small networks and few samples make a step cheap.
+QUICKSTART = (
+    dict(hidden_dim=64, hidden_layers=2, base_hidden_dim=64, base_blocks=1, base_expansion=2, num_critics=4)
+    | dict(utd_ratio=4, batch_size=128, num_base_samples=4, num_edit_samples=4, denoising_steps=5)
+    | dict(threads=1)  # networks this small gain little from a second thread
+    | dict(total_timesteps=600, eval_every=100, eval_episodes=20, log_every=50, checkpoint_every=500)
+    # Imitation and critics learn from the demonstrations first: success falls to 0 while untrained critics choose.
+    | dict(pretrain_steps=3_000, offline_steps=1_500, learning_starts=0)
+    # 10 at the goal and 0 before it. With -1 per step, what the critics do not know yet looks better to them than what
+    # they know. This lasts for about 1 / (tau (1 - gamma)) updates.
+    | dict(reward_scale=10.0)
+    # One action changes the value by a share of 1 - gamma. At .99 that is less than the error of critics this small.
+    # For the same reason an action is as long as the maze allows, and an episode has few of them.
+    | dict(gamma=0.96, action_repeat=10)
+    # Value travels back by one action in 1 / tau updates. With .02, success on the large maze was 0 for 300 steps.
+    | dict(tau=0.05)
+    | dict(critic_lr=1e-4)  # steadier than 3e-4 in single runs; not compared by itself
+    | dict(ema_rate=0.005)  # the average of 200 updates, because a run has only a few thousand
+    | dict(edit_scale=0.2, init_alpha=0.1)  # found by hand on this maze
+)
 
-def _pointmaze(maze: str, env_id: str, max_episode_steps: int, about: str, **settings: Any) -> Task:
-    return Task(
-        env_id=env_id,
-        dataset=(f"generated:pointmaze-{maze}",),
-        about=about,
-        settings={**QUICKSTART, "max_episode_steps": max_episode_steps, **settings},
-        env_kwargs={"maze_map": maze_map(maze), "continuing_task": False},
-    )
 
+LARGE = dict(offline_steps=2_000, total_timesteps=1_000)  # the way is longer
 
-TASKS = {
-    "pointmaze-umaze": _pointmaze("umaze", "PointMaze_UMaze-v3", 24, "a U-shaped corridor, the easiest maze"),
-    "pointmaze-medium": _pointmaze("medium", "PointMaze_Medium-v3", 43, "the quickstart: minutes on a laptop CPU"),
-    "pointmaze-large": _pointmaze(
-        "large", "PointMaze_Large-v3", 80, "a longer way", offline_steps=2_000, total_timesteps=1_000
-    ),
-}
+TASKS: dict[str, Task] = {}
+for name, env_name, limit, more, about in (
+    ("umaze", "UMaze", 24, {}, "a U-shaped corridor, the easiest maze"),
+    ("medium", "Medium", 43, {}, "the quickstart: minutes on a laptop CPU"),
+    ("large", "Large", 80, LARGE, "a longer way"),
+):  # the time limit is near the demonstrators' own speed, so that imitation alone does not solve the task
+    maze = [[int(c) if c in "01" else c for c in row] for row in MAZES[name].split()]
+    settings, kwargs = QUICKSTART | {"max_episode_steps": limit} | more, dict(maze_map=maze, continuing_task=False)
+    data = (f"generated:pointmaze-{name}",)
+    TASKS[f"pointmaze-{name}"] = Task(f"PointMaze_{env_name}-v3", data, about, settings, env_kwargs=kwargs)
 
-# The published settings (authors' scripts); everything that is not here is the scripts' own default, published as well.
-ANTMAZE = {"num_min_critics": 1, "reward_shift": -1.0, "edit_scale": 0.05, "total_timesteps": 300_000}
-ADROIT = {
-    "learning_starts": 0,
-    "reward_shift": -1.0,
-    "edit_scale": 0.7,
-    "edit_dropout": 0.1,
-    "total_timesteps": 300_000,
-    "pretrain_steps": 20_000,  # ours: published are online runs only
-}
-ADROIT_FINETUNE = {"edit_scale": 0.05, "offline_steps": 2000}  # [ours 7] edits of .7 lose the prior: docs/results.md
-ROBOMIMIC = {"edit_scale": 0.05, "eval_every": 10_000, "total_timesteps": 150_000}
-OGBENCH = {"edit_scale": 0.1, "eval_every": 25_000, "total_timesteps": 500_000}
+# From here on the settings are published (the authors' scripts), but for those that are marked as ours.
+ANTMAZE = dict(num_min_critics=1, reward_shift=-1.0, edit_scale=0.05, total_timesteps=300_000, pretrain_steps=500_000)
+for name, env_name, eta, about in (  # eta: Diffusion-QL's weight of its Q term
+    ("umaze", "UMaze", 0.5, "an ant walks around one corner"),
+    ("umaze-diverse", "UMaze", 2.0, "the same, data from and to anywhere"),
+    ("medium-play", "Medium", 2.0, "an ant crosses a medium maze"),
+    ("medium-diverse", "Medium", 3.0, "the same, data to anywhere"),
+    ("large-play", "Large", 4.5, "an ant crosses a large maze"),
+    ("large-diverse", "Large", 3.5, "the same, data to anywhere"),
+):
+    settings = ANTMAZE | dict(expectile=0.9, eta=eta, max_q_backup=name != "umaze")  # of the baselines
+    env_id, data = f"expo/AntMaze{env_name}-v2", (f"d4rl:antmaze-{name}-v2",)
+    TASKS[f"antmaze-{name}"] = Task(env_id, data, about, settings, source="published")
+
+ADROIT = dict(learning_starts=0, reward_shift=-1.0, edit_scale=0.7, edit_dropout=0.1, total_timesteps=300_000)
+ADROIT |= dict(pretrain_steps=20_000)  # ours: only online runs are published
+FINETUNE = dict(edit_scale=0.05, offline_steps=2_000)  # ours: edits of .7 lose the prior (docs/results.md)
+for name, about in (
+    ("pen", "a hand turns a pen to a given direction"),
+    ("door", "a hand unlatches and opens a door"),
+    ("relocate", "a hand carries a ball to a given place"),
+    ("hammer", "a hand drives in a nail"),
+):
+    env_id, data = f"expo/Adroit{name.capitalize()}Binary-v1", (f"d4rl:{name}-human-v1", f"d4rl:{name}-cloned-v1")
+    source = "published, but for fine-tuning and the data"
+    TASKS[f"adroit-{name}-binary"] = Task(env_id, data, about, ADROIT, FINETUNE, source=source)
+
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+for name, finetune, more, about in (
+    ("lift", {}, dict(total_timesteps=120_000), "an arm lifts a cube"),
+    ("can", {}, dict(total_timesteps=120_000), "an arm puts a can into its bin"),
+    ("square", dict(edit_scale=0.1), dict(pretrain_steps=200_000), "an arm puts a square nut on its peg"),
+):
+    settings = dict(edit_scale=0.05, eval_every=10_000, total_timesteps=150_000, obs_keys=OBS_KEYS) | more
+    env_id, data, kwargs = f"expo/Robomimic{name.capitalize()}-v1", (f"robomimic:{name}/ph",), dict(obs_keys=OBS_KEYS)
+    TASKS[f"robomimic-{name}"] = Task(env_id, data, about, settings, finetune, kwargs, source="published")
+
+for name, env_name, about in (
+    ("cube-single", "CubeSingle", "an arm moves a cube to its place"),
+    ("cube-double", "CubeDouble", "an arm moves two cubes"),
+    ("scene", "Scene", "an arm with a cube, buttons, a drawer and a window"),
+    ("puzzle-3x3", "Puzzle3x3", "an arm presses 9 linked buttons"),
+):
+    settings = dict(edit_scale=0.1, eval_every=25_000, total_timesteps=500_000)
+    env_id, data = f"expo/OGBench{env_name}-v0", (f"ogbench:{name}-play-v0",)
+    TASKS[f"ogbench-{name}"] = Task(env_id, data, about, settings, source="ours, not tuned")
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+CHANGEABLE = ("total_timesteps", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "save_model")
+CHANGEABLE += ("capture_video", "track", "threads", "device", "compile")  # by --resume; others make another run
+POSITIVE = ("utd_ratio", "eval_every", "eval_episodes", "log_every", "action_repeat", "num_base_samples", "num_critics")
+POSITIVE += ("num_min_critics", "denoising_steps", "hidden_dim", "hidden_layers", "base_hidden_dim", "base_expansion")
+POSITIVE += ("lr_decay_steps", "num_action_samples")
+SHARES = ("offline_ratio", "gamma", "tau", "ema_rate", "edit_dropout", "expectile", "heldout_share")
 
 
-# Diffusion-QL's published weight of its Q term, by maze; its highest-Q backup is on for all but plain umaze.
-ANTMAZE_ETA = {
-    "umaze": 0.5,
-    "umaze-diverse": 2.0,
-    "medium-play": 2.0,
-    "medium-diverse": 3.0,
-    "large-play": 4.5,
-    "large-diverse": 3.5,
-}
+def parse_args(cls: type[T], description: str | None = None, argv: Sequence[str] | None = None) -> T:
+    """An instance of the dataclass `cls` from the command line (or `argv`); an InputError if that would fail later.
 
-
-def _antmaze(name: str, env_id: str, about: str) -> Task:
-    settings = {**ANTMAZE, "pretrain_steps": 500_000, "expectile": 0.9, "eta": ANTMAZE_ETA[name]}
-    settings["max_q_backup"] = name != "umaze"
-    return Task(env_id, (f"d4rl:antmaze-{name}-v2",), about, settings, source="published")
-
-
-def _adroit(name: str, about: str) -> Task:
-    data = (f"d4rl:{name}-human-v1", f"d4rl:{name}-cloned-v1")
-    env_id, source = f"expo/Adroit{name.capitalize()}Binary-v1", "published, but for fine-tuning; data: docs/data.md"
-    return Task(env_id, data, about, ADROIT, finetune=ADROIT_FINETUNE, source=source)
-
-
-def _robomimic(name: str, about: str, finetune: dict[str, Any] | None = None, **settings: Any) -> Task:
-    return Task(
-        env_id=f"expo/Robomimic{name.capitalize()}-v1",
-        dataset=(f"robomimic:{name}/ph",),
-        about=about,
-        settings={**ROBOMIMIC, "obs_keys": OBS_KEYS, **settings},
-        finetune=finetune or {},
-        env_kwargs={"obs_keys": OBS_KEYS},
-        source="published",
-    )
-
-
-def _ogbench(name: str, env_id: str, about: str) -> Task:
-    return Task(env_id, (f"ogbench:{name}-play-v0",), about, OGBENCH, source="ours, not tuned")
-
-
-TASKS |= {
-    "antmaze-umaze": _antmaze("umaze", "expo/AntMazeUMaze-v2", "an ant walks around one corner"),
-    "antmaze-umaze-diverse": _antmaze("umaze-diverse", "expo/AntMazeUMaze-v2", "the same, data from and to anywhere"),
-    "antmaze-medium-play": _antmaze("medium-play", "expo/AntMazeMedium-v2", "an ant crosses a medium maze"),
-    "antmaze-medium-diverse": _antmaze("medium-diverse", "expo/AntMazeMedium-v2", "the same, data to anywhere"),
-    "antmaze-large-play": _antmaze("large-play", "expo/AntMazeLarge-v2", "an ant crosses a large maze"),
-    "antmaze-large-diverse": _antmaze("large-diverse", "expo/AntMazeLarge-v2", "the same, data to anywhere"),
-    "adroit-pen-binary": _adroit("pen", "a hand turns a pen to a given direction"),
-    "adroit-door-binary": _adroit("door", "a hand unlatches and opens a door"),
-    "adroit-relocate-binary": _adroit("relocate", "a hand carries a ball to a given place"),
-    "adroit-hammer-binary": _adroit("hammer", "a hand drives in a nail"),
-    "robomimic-lift": _robomimic("lift", "an arm lifts a cube", total_timesteps=120_000),
-    "robomimic-can": _robomimic("can", "an arm puts a can into its bin", total_timesteps=120_000),
-    "robomimic-square": _robomimic(
-        "square", "an arm puts a square nut on its peg", {"edit_scale": 0.1}, pretrain_steps=200_000
-    ),
-    "ogbench-cube-single": _ogbench("cube-single", "expo/OGBenchCubeSingle-v0", "an arm moves a cube to its place"),
-    "ogbench-cube-double": _ogbench("cube-double", "expo/OGBenchCubeDouble-v0", "an arm moves two cubes"),
-    "ogbench-scene": _ogbench("scene", "expo/OGBenchScene-v0", "an arm with a cube, buttons, a drawer and a window"),
-    "ogbench-puzzle-3x3": _ogbench("puzzle-3x3", "expo/OGBenchPuzzle3x3-v0", "an arm presses 9 linked buttons"),
-}
-
-
-def make_task_env(args: Any, render: bool = False) -> gym.Env:
-    """The environment that a script's `args` ask for (`task`, `env_id`, `max_episode_steps`, `action_repeat`).
-
-    A task's `env_kwargs` go only to that task's own environment, not to one that `--env-id` puts in its place.
+    The settings of `--task`, or of the task that `cls` names, are laid over the defaults of `cls`. `--task ""`, or
+    `--env-id` alone, leaves the defaults as they are. With `--resume DIR` the flags of that run are the defaults.
     """
-    task = TASKS.get(args.task)
-    env_kwargs = task.env_kwargs if task and task.env_id == args.env_id else {}
-    if "obs_keys" in env_kwargs and args.obs_keys:
-        env_kwargs = env_kwargs | {"obs_keys": tuple(args.obs_keys)}
-    return make_env(args.env_id, env_kwargs, args.max_episode_steps, args.action_repeat, render)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = cls()
+    given = vars(read_flags(default, [word for word in argv if word not in ("-h", "--help")], description))
+    flags, run_dir, name = vars(default), given["resume"], given["task"]
+    if run_dir:
+        try:
+            saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"--resume {run_dir}: no run there; its args.json is missing or damaged") from None
+        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        flags |= {key: value for key, value in saved.items() if key in flags} | dict(resume=run_dir, run_dir=run_dir)
+    elif name in TASKS and (not given["env_id"] or any(word.startswith("--task") for word in argv)):
+        task = TASKS[name]
+        settings = task.settings | (task.finetune if "pretrained" in flags else {})
+        flags |= {key: value for key, value in settings.items() if key in flags}
+        flags |= dict(task=name, env_id=task.env_id, dataset=task.dataset)
+    elif name not in ("", *TASKS):
+        close = "".join(f"; did you mean {word!r}?" for word in difflib.get_close_matches(name, TASKS, 1))
+        raise InputError(f"--task {name!r} is unknown{close} (known: {', '.join(TASKS)})")
+    else:
+        flags["task"] = ""
+    args = read_flags(default, argv, description)
+    changed = [key for key, value in vars(args).items() if value != flags[key]]
+    fixed = [f"--{key.replace('_', '-')}" for key in changed if key not in CHANGEABLE]
+    if run_dir and fixed:
+        raise InputError(f"--resume {run_dir}: {', '.join(fixed)} cannot change; start a new run for that")
+    if flags["task"] and "env_id" in changed:
+        raise InputError(f"--task {name} is {flags['env_id']}; give --env-id and --dataset without --task")
+    check_flags(vars(args))
+    return args
+
+
+def read_flags(default: T, argv: list[str], description: str | None) -> T:
+    """tyro's answer. In --help the flags stand in groups, one for every comment line `# ---- NAME` of the class."""
+    cls, title, parts = type(default), "the flags", {}
+    hints = get_type_hints(cls)
+    with contextlib.suppress(OSError):  # without its source, the class is one group
+        for line in map(str.strip, inspect.getsource(cls).splitlines()):
+            name, text = line.partition(":")[0], line.partition("  # ")[2]
+            title = line.strip("# -") if line.startswith("# ----") else title
+            if name in hints:
+                flag = Annotated[hints.pop(name), tyro.conf.arg(help=text)]
+                parts.setdefault(title, []).append((name, flag, field(default=vars(default)[name])))
+    rest = [(name, kind, field(default=vars(default)[name])) for name, kind in hints.items()]
+    groups = [(title, make_dataclass("Part", part)) for title, part in (*parts.items(), ("other flags", rest)) if part]
+    fields = [(f"part{i}", Annotated[kind, tyro.conf.arg(name=title)]) for i, (title, kind) in enumerate(groups)]
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            whole: Any = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", fields)]
+            answer = tyro.cli(whole, args=argv, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [re.sub("[│─╭╮╰╯]+", " ", line).strip() for line in box.getvalue().splitlines()[1:]]
+        words = " ".join(itertools.takewhile(bool, lines))  # up to the first rule: the message itself
+        raise InputError(f"{words.rstrip('.')} (--help shows all flags)") from None
+    return cls(**{name: value for part in vars(answer).values() for name, value in vars(part).items()})
+
+
+def check_flags(flags: dict[str, Any]) -> None:
+    """Raises InputError for values that would fail late, or silently."""
+    low = dict.fromkeys(POSITIVE, 1) | dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9)
+    low |= dict(reward_scale=-1e30, reward_shift=-1e30)
+    high = dict.fromkeys(SHARES, 1) | dict(edit_scale=2, seed=2**31 - 1, num_min_critics=flags.get("num_critics"))
+    for name, value in flags.items():
+        least, most = low.get(name, 0), high.get(name, 1e30)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be from {least:g} to {most:g}")
+    found, device = importlib.util.find_spec, flags["device"]
+    compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
+    for wrong, problem in (
+        (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
+        (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
+        (device not in ("auto", "cpu", "cuda"), f"--device {device!r} must be auto, cpu or cuda"),
+        (device == "cuda" and not import_module("torch").cuda.is_available(), "--device cuda: torch finds no CUDA"),
+        (flags["compile"] and not compiler, "--compile needs a C++ compiler (Debian: apt install g++ python3-dev)"),
+        (flags["track"] and not found("wandb"), "--track needs a package: pip install wandb"),
+        (flags["capture_video"] and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),
+    ):
+        if wrong:
+            raise InputError(problem)

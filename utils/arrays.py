@@ -1,0 +1,100 @@
+"""What offline data is, and its arrays in files: read with one-line errors, checked, and written whole or not at all."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from utils import InputError, reason
+
+Arrays = dict[str, np.ndarray]
+FLAGS = ("rewards", "terminals", "timeouts", "masks", "infos/success", "ends")  # one number a row
+
+
+class Transitions(NamedTuple):
+    """n steps as float32 arrays. Actions lie in [-1, 1]. A time limit is never a termination."""
+
+    obs: np.ndarray  # (n, O)
+    actions: np.ndarray  # (n, A)
+    rewards: np.ndarray  # (n,) as in the file: scale and shift are the script's business
+    next_obs: np.ndarray  # (n, O)
+    terminations: np.ndarray  # (n,) 1 where the task itself ended the episode
+
+
+@dataclass
+class Dataset:
+    """n transitions (see `Transitions`) in m episodes, in the order of the file."""
+
+    obs: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_obs: np.ndarray
+    terminations: np.ndarray
+    episodes: np.ndarray  # (m, 2) the first row of each episode, and one past its last
+    success: np.ndarray | None = None  # (m,) bool, or None where the file does not say
+    dropped: int = 0  # rows that were left out because their successor is not in the file
+
+
+def numbers(group: Any, key: str, rows: int | None = None) -> np.ndarray:
+    """The array `key` of an HDF5 group or npz file, with so many `rows`; floats become float32 while they are read."""
+    name = f"{getattr(group, 'name', '')}/{key}".strip("/")
+    if key not in group:
+        raise InputError(f"has no {name!r} (it has: {', '.join(list(group)[:12]) or 'nothing'})")
+    try:
+        item = group[key]
+        if isinstance(item, h5py.Group):
+            raise TypeError("it is a group; an array is needed there")
+        array = np.asarray(item.astype(np.float32)[()] if item.dtype.kind == "f" else item[()])
+    except Exception as error:  # h5py and numpy raise many kinds for a damaged array
+        raise InputError(f"{name!r} cannot be read ({reason(error)})") from error
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{name!r} holds {array.dtype}, not numbers")
+    if rows is not None and array.shape[:1] != (rows,):
+        raise InputError(f"{name!r} has shape {array.shape}; {rows} rows are needed beside the actions")
+    return array
+
+
+def check(arrays: Arrays) -> None:
+    """Raises InputError for flat arrays that cannot be right; gives flags of shape (n, 1) the shape (n,)."""
+    n = max(arrays["observations"].shape[:1], default=0)
+    if n == 0:
+        raise InputError("is empty: it has no rows")
+    for key, value in arrays.items():
+        if value.shape[:1] != (n,):
+            raise InputError(f"{key!r} has {max(value.shape[:1], default=0):,} rows but 'observations' has {n:,}")
+        wanted = f"({n},) or ({n}, 1)" if key in FLAGS else "(rows, width)"
+        if (value.size != n) if key in FLAGS else (value.ndim != 2 or value.size == 0):
+            raise InputError(f"{key!r} has shape {value.shape}; {wanted} is needed")
+        bad = ~np.isfinite(value.reshape(n, -1))
+        if bad.any():
+            row, first = bad.any(axis=1).argmax(), value.reshape(n, -1)[bad][0]
+            raise InputError(f"{key!r} has {bad.sum():,} values that are not finite, the first {first} in row {row:,}")
+        if key in FLAGS:
+            arrays[key] = value.reshape(n)
+    shapes = [arrays[key].shape for key in ("observations", "next_observations") if key in arrays]
+    if shapes[0] != shapes[-1]:
+        raise InputError(f"'next_observations' has shape {shapes[1]}, 'observations' {shapes[0]}")
+
+
+def cache_dir() -> Path:
+    """Where generated data lies: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
+    return Path(os.environ.get("EXPO_CACHE_DIR") or Path.home() / ".cache" / "expo").expanduser()
+
+
+def write_d4rl(path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
+    """Writes an HDF5 file of D4RL's layout. Two processes may do it at once: each puts a whole file there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(temporary, "w", track_order=True) as file:
+            file.attrs.update(attributes)
+            for key, value in arrays.items():
+                file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None, track_times=False)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written ({reason(error)}); EXPO_CACHE_DIR names another") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""Readers of Minari's, robomimic's and OGBench's layouts. Each returns flat arrays under D4RL's keys.
+
+One row is one step with its successor (`next_observations`), and `ends` marks the last row of every episode.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import numpy as np
+
+from utils import InputError
+from utils.arrays import Arrays, numbers
+
+OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dimensional state
+
+
+def read(file: Any, kind: str, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:
+    """The flat arrays of an open file that is not of D4RL's layout."""
+    if kind == "npz":
+        return read_ogbench(file)
+    return read_robomimic(file["data"], env, obs_keys) if "data" in file else read_minari(file, env)
+
+
+def read_ogbench(file: Any) -> Arrays:
+    """OGBench's play data. Its `terminals` mark the last row of a trajectory, which is there for its observation only.
+
+    Rewards are 0 until the environment's task relabels the rows, for which it needs the states `qpos` and so on.
+    """
+    last = numbers(file, "terminals").reshape(-1) != 0
+    keys = [key for key in ("qpos", "qvel", "button_states") if key in file]
+    arrays = {key: numbers(file, key, len(last)) for key in ("observations", "actions", *keys)}
+    rows = np.flatnonzero(~last[:-1])
+    following, zeros = arrays["observations"][rows + 1], np.zeros(len(rows), np.float32)
+    arrays = {key: value[rows] for key, value in arrays.items()}
+    return arrays | {"next_observations": following, "rewards": zeros, "terminals": zeros, "ends": last[rows + 1]}
+
+
+def read_minari(file: h5py.File, env: gym.Env | None) -> Arrays:
+    """Minari's layout: an episode of T steps has T + 1 observations."""
+    episodes = []
+    for group in numbered(file, "episode_"):
+        episode = {"actions": numbers(group, "actions")}
+        steps = len(episode["actions"])
+        obs = minari_observations(group, env, steps + 1)
+        episode |= {"observations": obs[:-1], "next_observations": obs[1:], "rewards": numbers(group, "rewards", steps)}
+        episode["terminals"] = numbers(group, "terminations", steps)
+        for key in ("infos/success", "infos/is_success", "infos/goal_achieved"):
+            if key in group and "infos/success" not in episode:
+                episode["infos/success"] = numbers(group, key).reshape(-1)[
+                    -steps:
+                ]  # of T + 1, the first is the reset's
+        episodes.append(episode)
+    return join(episodes)
+
+
+def minari_observations(group: h5py.Group, env: gym.Env | None, rows: int) -> np.ndarray:
+    """Observations (rows, O) of an episode. Those of a Dict space are joined as Gymnasium flattens the environment's.
+
+    Without such an environment they are joined by name, which is the order of a space made from a plain dict.
+    """
+    item = group.get("observations")
+    if not isinstance(item, h5py.Group):
+        return numbers(group, "observations", rows)
+    names: list[str] = []
+    item.visititems(lambda name, child: names.append(name) if isinstance(child, h5py.Dataset) else None)
+    names.sort(
+        key=lambda name: [[int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)] for n in name.split("/")]
+    )
+    if env is not None and env.has_wrapper_attr("observation_names"):
+        order: list[str] = env.get_wrapper_attr("observation_names")
+        names = order if set(order) == set(names) else names
+    return np.concatenate([numbers(item, name, rows).reshape(rows, -1) for name in names], axis=1)
+
+
+def read_robomimic(data: Any, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:
+    """robomimic's layout. A row is terminal where it is done *and* successful; done alone is a time limit."""
+    if not isinstance(data, h5py.Group):
+        raise InputError("'data' is an array; robomimic's layout has a group there")
+    if env is not None and env.has_wrapper_attr("check_recording"):
+        env.get_wrapper_attr("check_recording")(json.loads(data.attrs.get("env_args", "{}")))
+    episodes, demos = [], numbered(data, "demo_")
+    successors = ["next_obs"] if all("next_obs" in demo for demo in demos) else []  # else the last row of each has none
+    for demo in demos:
+        if "obs" not in demo and "states" in demo:
+            raise InputError(f"{demo.name} has states but no observations; run robomimic's dataset_states_to_obs.py")
+        episode = {"actions": numbers(demo, "actions")}
+        steps = len(episode["actions"])
+        episode["rewards"], dones = numbers(demo, "rewards", steps), numbers(demo, "dones", steps)
+        for name, group in zip(("observations", "next_observations"), ("obs", *successors), strict=False):
+            missing = [key for key in obs_keys or OBS_KEYS if key not in demo[group]]
+            if missing:
+                known = ", ".join(sorted(demo[group]))
+                raise InputError(f"{demo.name}/{group} has no {missing[0]!r}; choose --obs-keys from: {known[:300]}")
+            parts = [numbers(demo[group], key, steps).reshape(steps, -1) for key in obs_keys or OBS_KEYS]
+            episode[name] = np.concatenate(parts, axis=1)
+        episode["infos/success"] = episode["rewards"].reshape(steps, -1).max(axis=1) > 0
+        episode["terminals"] = episode["infos/success"] & (dones.reshape(steps, -1).max(axis=1) > 0)
+        episodes.append(episode)
+    return join(episodes)
+
+
+def numbered(parent: Any, prefix: str) -> list[h5py.Group]:
+    """The groups prefix0, prefix1, ... of a file, in the order of their numbers."""
+    keys = [key for key in parent if re.fullmatch(rf"{prefix}\d+", key) and isinstance(parent[key], h5py.Group)]
+    if not keys:
+        raise InputError(f"has no {prefix}0, {prefix}1, ...")
+    return [parent[key] for key in sorted(keys, key=lambda key: int(key.removeprefix(prefix)))]
+
+
+def join(episodes: list[Arrays]) -> Arrays:
+    """Flat arrays of episodes; one key after the other, so that only one key is held twice."""
+    lengths = [len(episode["actions"]) for episode in episodes]
+    widths = [{key: value.shape[1:] for key, value in episode.items()} for episode in episodes]
+    for number, width in enumerate(widths):
+        if width != widths[0] or not lengths[number]:
+            raise InputError(f"episode {number} of the file is empty, or has other keys or widths than the first")
+    ends = np.zeros(sum(lengths), bool)
+    ends[np.cumsum(lengths) - 1] = True
+    return {key: np.concatenate([episode.pop(key) for episode in episodes]) for key in widths[0]} | {"ends": ends}
+
+
+def steps_within_episodes(obs: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
+    """Whether the step from each row of a D4RL file to the next (n - 1,) is no longer than the steps within episodes.
+
+    That can only be told if the time limits in the file show that a reset jumps further. Else it is False.
+    """
+    steps = np.abs(np.diff(obs, axis=0))  # (n - 1, O)
+    inside, resets = ~(terminals | timeouts)[:-1], timeouts[:-1]
+    if not inside.any() or not resets.any():
+        return inside
+    longest = steps[inside].max(axis=0) + 1e-9
+    lengths = (steps / longest).max(axis=1)  # 1: as long as the longest step within an episode
+    return lengths < 1.2 if np.median(lengths[resets]) > 2 else inside

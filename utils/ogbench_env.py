@@ -1,0 +1,58 @@
+"""OGBench's single-task environments, which give rewards to the rows of its play data (requirements-ogbench.txt)."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import load_env_creator
+
+from utils import InputError, reason
+from utils.arrays import Arrays
+
+
+class SingleTask(gym.Wrapper):
+    """An OGBench environment that relabels play data for its own task."""
+
+    def __init__(self, env: gym.Env, name: str):
+        super().__init__(env)
+        self.name = name
+        # The package makes its spaces anew whenever they are asked for: here that would be at every step.
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+
+    def close(self) -> None:
+        """Frees the renderer too. The package leaves it to the end of the process, when it is too late."""
+        renderer = getattr(self.env.unwrapped, "_renderer", None)
+        if renderer is not None:
+            renderer.close()
+        super().close()
+
+    def relabel(self, arrays: Arrays) -> Arrays:
+        """Rewards, terminals and success of this task, from the states in the file, by the package's own rule."""
+        from ogbench.relabel_utils import relabel_dataset  # pyright: ignore[reportMissingImports]
+
+        data = {key: arrays[key] for key in ("qpos", "qvel", "button_states") if key in arrays}
+        missing = [key for key in ("qpos", *(["button_states"] * ("cube" not in self.name))) if key not in data]
+        if missing:
+            raise InputError(f"the data has no {missing[0]!r}, which the rewards of {self.name} are made from")
+        nq = self.env.unwrapped.model.nq  # pyright: ignore[reportAttributeAccessIssue]
+        if data["qpos"].ndim != 2 or data["qpos"].shape[1] != nq:
+            raise InputError(f"'qpos' has shape {data['qpos'].shape}; {self.name} has {nq} coordinates: another task?")
+        try:
+            relabel_dataset(self.name, self.env, data)
+        except (ValueError, IndexError) as error:
+            raise InputError(f"the data does not fit {self.name} ({reason(error)})") from None
+        solved = data["masks"] == 0
+        return arrays | {"rewards": data["rewards"], "terminals": solved, "infos/success": solved}
+
+
+def make(name: str, render_mode: str | None = None) -> gym.Env:
+    import ogbench  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+    spec = gym.spec(name)
+    entry = load_env_creator(str(spec.entry_point))
+    return SingleTask(entry(**spec.kwargs, render_mode=render_mode), name)  # pyright: ignore[reportArgumentType]
+
+
+_tasks = {"CubeSingle": ("cube-single", 200), "CubeDouble": ("cube-double", 500)}
+_tasks |= {"Scene": ("scene", 750), "Puzzle3x3": ("puzzle-3x3", 500)}
+for _name, (_task, _limit) in _tasks.items():
+    _kwargs = {"name": f"{_task}-singletask-v0"}
+    gym.register(f"expo/OGBench{_name}-v0", make, max_episode_steps=_limit, kwargs=_kwargs)
