@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,8 @@ class BasePolicy(nn.Module):
         betas = 1 - torch.exp(-0.1 / len(k) - 0.5 * (10 - 0.1) * (2 * k - 1) / len(k) ** 2)  # (K,)
         alpha_bars = torch.cumprod(1 - betas, dim=0)  # (K,)
         self.betas, self.noise_weights = betas.tolist(), (betas / (1 - alpha_bars).sqrt()).tolist()
-        self.alpha_bars = nn.Buffer(alpha_bars.float())
-        self.times = nn.Buffer(k.float().unsqueeze(-1))  # (K, 1)
+        self.alpha_bars = nn.Buffer(alpha_bars.to(torch.get_default_dtype()))
+        self.times = nn.Buffer(k.to(torch.get_default_dtype()).unsqueeze(-1))  # (K, 1)
         self.network = DenoisingNetwork(obs_dim, action_dim, args)
 
     def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -389,8 +390,7 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
     """Mean return, length and success of every policy, over the same episodes. Torch's random state is left alone."""
     metrics: dict[str, float] = {}
     for prefix, act in policies.items():
-        returns, lengths, successes = np.zeros((3, args.eval_episodes))
-        successes[:] = np.nan  # unknown, until a step mentions it
+        (returns, lengths), successes = np.zeros((2, args.eval_episodes)), np.full(args.eval_episodes, np.nan)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(args.seed)
             for first in tqdm(range(0, args.eval_episodes, len(envs)), desc=prefix, leave=False, disable=None):
@@ -416,20 +416,20 @@ class Log:
 
     def __init__(self, folder: Path, args: Args, data_crc32: int, state: dict[str, Any], step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"script": Path(__file__).stem, "data_crc32": data_crc32, "starts": []}
-        if args.resume:
-            record = json.loads((folder / "args.json").read_text())
-        if record["data_crc32"] != data_crc32:
+        path = folder / "args.json"
+        old = json.loads(path.read_text()) if args.resume else {"data_crc32": data_crc32, "starts": []}
+        if old["data_crc32"] != data_crc32:
             raise OSError(f"--resume {folder}: the data is not the same as the data that this run learned from")
         git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --exclude='*'"
         found = (sys.modules.get(name) for name in ("torch", "numpy", "gymnasium", "mujoco"))
         versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in found if m}
-        record["starts"].append({"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions})
-        record |= {"args": vars(args), "pid": os.getpid(), "host": platform.node()}
-        write_whole(folder / "args.json", json.dumps(record, indent=2).encode())
+        start = {"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions}
+        record = {"script": Path(__file__).stem, "data_crc32": data_crc32, "pid": os.getpid(), "host": platform.node()}
+        record |= {"args": vars(args), "starts": [*old["starts"], start]}
+        write_whole(path, json.dumps(record, indent=2).encode())
         self.sums, self.started = state["sums"], time.monotonic() - state["seconds"]
         self.file = open(folder / "metrics.csv", "ab")
-        self.file.truncate(state["bytes"])  # drops what a killed run has written after its checkpoint
+        self.file.truncate(self.file.seek(state["bytes"]))  # drops what a killed run wrote after its checkpoint
         if state["bytes"] == 0:
             self.file.write(b"step,seconds,key,value\n")
         if args.track:
@@ -439,6 +439,7 @@ class Log:
 
     def state(self) -> dict[str, Any]:
         """What a new Log needs to continue from here. Everything before is on the disk."""
+        self.tensorboard.flush()
         self.file.flush()
         os.fsync(self.file.fileno())
         return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.started, "sums": dict(self.sums)}
@@ -490,6 +491,8 @@ def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffe
 def load(path: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer) -> dict[str, Any]:
     """Puts back what `save` wrote. The file can hold tensors and plain values only: nothing in it is run."""
     try:
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location=buffer.fields.obs.device, weights_only=True)
         agent.load_state_dict(state["agent"])
         for name, part in vars(optimizers).items():
@@ -498,11 +501,10 @@ def load(path: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer)
         torch.set_rng_state(state["random"].cpu())
         torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda"]])
     except Exception as error:  # torch raises many kinds
-        raise OSError(f"{path} is damaged, or of another run: {str(error).splitlines()[:1]}") from None
+        raise OSError(f"{path} is damaged, or of another run: {' '.join(str(error).split())}") from None
     return state
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     """One run: load the data, learn offline if asked to, then act and learn online."""
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -528,7 +530,6 @@ def main(args: Args) -> None:
         for name in ("drawn_actions", "next_action_samples", "critic_loss", "actor_loss"):
             setattr(agent, name, torch.compile(getattr(agent, name), options={"fallback_random": True}))
     policies = {"eval/": agent.drawn_actions}
-
     # Offline updates have steps below 0, so that step 1 is the first environment step in every plot.
     state: dict[str, Any] = {"step": -args.offline_steps - 1, "episode": 0}
     state["log"] = {"bytes": 0, "seconds": 0.0, "sums": {}}
@@ -581,7 +582,6 @@ def main(args: Args) -> None:
             saved = step
             if stop:
                 sys.exit(128 + stop[0])
-
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
     print(f"done: {folder}")

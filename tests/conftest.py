@@ -1,6 +1,5 @@
 """What the tests share: the scripts, small agents and batches, and a cache folder of their own."""
 
-import copy
 import importlib
 import os
 import signal
@@ -14,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import cli
-from utils.buffer import Batch
+from utils.tasks import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
+BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
+EVERY_SCRIPT = [*SCRIPTS, *BASELINES]
 
 # A whole run in seconds: --task pointmaze-umaze with everything small.
 TINY_RUN = {
@@ -66,10 +66,10 @@ def script(request) -> Any:
 
 
 def make_args(script: Any, **flags: Any) -> Any:
-    """The script's Args with small networks."""
+    """The script's Args with small networks. Small values for flags that the script does not have are left out."""
     small = {"hidden_dim": 16, "hidden_layers": 2, "base_hidden_dim": 16, "base_blocks": 2, "base_expansion": 2}
-    small |= {"num_critics": 5, "num_base_samples": 4, "num_edit_samples": 4, "batch_size": 8}
-    return script.Args(**{**small, **flags})
+    small |= {"num_critics": 5, "num_base_samples": 4, "num_edit_samples": 4, "num_action_samples": 6}
+    return script.Args(**{key: value for key, value in small.items() if hasattr(script.Args, key)} | flags)
 
 
 def make_agent(script: Any, obs_dim: int = 3, action_dim: int = 2, **flags: Any) -> Any:
@@ -81,20 +81,14 @@ def make_agent(script: Any, obs_dim: int = 3, action_dim: int = 2, **flags: Any)
     return agent
 
 
-def candidate_actions(agent: Any, obs: Tensor, base_policy: Any) -> Tensor:
-    """Candidates (..., C, A): fresh base samples and their edits."""
-    return agent.with_edits(obs, agent.base_actions(obs, base_policy))
-
-
-def make_batch(*shape: int, obs_dim: int = 3, action_dim: int = 2) -> Batch:
+def make_batch(script: Any, *shape: int, obs_dim: int = 3, action_dim: int = 2) -> Any:
     """Random transitions, a third of them terminal."""
-    return Batch(
+    return script.Batch(
         obs=torch.randn(*shape, obs_dim),
         actions=torch.rand(*shape, action_dim) * 2 - 1,
         rewards=torch.randn(*shape),
         next_obs=torch.randn(*shape, obs_dim),
         terminations=(torch.rand(*shape) < 1 / 3).float(),
-        next_base_actions=torch.zeros(*shape, 0, action_dim),
     )
 
 
@@ -122,9 +116,10 @@ def same(module: nn.Module, before: list[Tensor]) -> bool:
     return all(torch.equal(value, old) for value, old in zip(module.state_dict().values(), before, strict=True))
 
 
-def fork(agent: Any) -> Any:
-    """An independent copy of an agent."""
-    return copy.deepcopy(agent)
+def assert_close(module: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    """Fails where two modules differ by more than rounding."""
+    for value, expected in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, **tolerance)
 
 
 def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:
@@ -139,10 +134,10 @@ def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:
 def tiny_run_args(script: Any, run_dir: Path, **settings: Any) -> Any:
     """Parsed Args of a whole run that takes seconds."""
     settings = {**TINY_RUN, "pretrain_steps": 20, "run_dir": run_dir, **settings}
-    return cli.parse_args(script.Args, flags_of(script, settings))
+    return parse_args(script.Args, argv=flags_of(script, settings))
 
 
 def run_script(script: Any, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """The script as a user starts it, in a process of its own."""
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *words]
+    command = [sys.executable, str(ROOT / f"{script.__name__.replace('.', '/')}.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ.copy(), timeout=timeout)

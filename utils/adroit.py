@@ -6,20 +6,12 @@ reach term is wrong in door, relocate and hammer.
 """
 
 import importlib
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from utils import InputError
+from utils.arrays import Arrays
 
-# What a D4RL file stores beside qpos and qvel, to put the simulator into the state of a row.
-STATE_KEYS = {
-    "pen": ("desired_orien",),
-    "door": ("door_body_pos",),
-    "relocate": ("obj_pos", "target_pos"),
-    "hammer": ("board_pos",),
-}
 WIDTHS = {"pen": 45, "door": 39, "relocate": 39, "hammer": 46}
 
 
@@ -45,37 +37,22 @@ class AdroitBinary(gym.Wrapper):
         obs, _, _, truncated, info = self.env.step(action)
         return obs, float(info["success"]), False, truncated, info
 
-    def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def relabel(self, arrays: Arrays) -> Arrays:
         """D4RL's arrays with this task's rewards: success after the row's step, recomputed where the file lacks it.
 
         A dropped pen ends D4RL's episode. Here it does not, because with rewards of -1 it would pay to end. What comes
         next is not in the file, so that these rows end by time.
         """
-        obs = arrays["observations"]
+        obs, success = arrays["observations"], arrays.get("infos/success")
         if obs.shape[1] != WIDTHS[self.name]:
             return arrays  # of another task; the check against the environment says so
-        ends = arrays["ends"]
-        success = arrays.get("infos/success", arrays.get("infos/goal_achieved"))
         if success is None and "next_observations" in arrays:
             success = success_after(self.name, arrays["next_observations"])
         elif success is None:
             before = success_after(self.name, obs)
-            success = np.where(ends, before, np.roll(before, -1))  # of a row without successor: its own state
-        return arrays | {
-            "rewards": success.astype(np.float32),
-            "infos/success": success.astype(bool),
-            "terminals": np.zeros(len(obs), bool),
-        }
-
-    def set_row(self, rows: dict[str, np.ndarray], i: int) -> None:
-        """Puts the simulator into the state of row `i`, from the infos of a D4RL file."""
-        keys = ("qpos", "qvel", *STATE_KEYS[self.name])
-        missing = [key for key in keys if f"infos/{key}" not in rows]
-        if missing:
-            raise InputError(f"the file has no infos/{missing[0]}, which the state of {self.name} needs")
-        state = {key: rows[f"infos/{key}"][i].astype(np.float64) for key in keys}
-        env: Any = self.env.unwrapped
-        env.set_env_state(state)
+            success = np.where(arrays["ends"], before, np.roll(before, -1))  # a row without successor: its own state
+        rewards, never = success.astype(np.float32), np.zeros(len(obs), bool)
+        return arrays | {"rewards": rewards, "infos/success": success.astype(bool), "terminals": never}
 
 
 def make(name: str, render_mode: str | None = None) -> gym.Env:
@@ -84,6 +61,6 @@ def make(name: str, render_mode: str | None = None) -> gym.Env:
     return AdroitBinary(env, name)
 
 
-for _name in WIDTHS:
-    _limit = 100 if _name == "pen" else 200
-    gym.register(f"expo/Adroit{_name.capitalize()}Binary-v1", make, max_episode_steps=_limit, kwargs={"name": _name})
+for _name, _limit in (("pen", 100), ("door", 200), ("relocate", 200), ("hammer", 200)):
+    _id, _kwargs = f"expo/Adroit{_name.capitalize()}Binary-v1", {"name": _name}
+    gym.register(_id, f"{__name__}:make", max_episode_steps=_limit, kwargs=_kwargs)

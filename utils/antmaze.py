@@ -1,9 +1,9 @@
 """D4RL's AntMaze on current MuJoCo, so that D4RL's rows and the simulator agree.
 
-gymnasium-robotics has an AntMaze too, but with another ant, another origin, and goals that move. D4RL's rows do not fit it.
-Here Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`): the time step is .02, contacts are softer (solref,
-solimp), the motors have gear 1 and +-30 N m, and walls stand around the ant. The command
-`python tools/data.py replay FILE --task antmaze-umaze` measures how well the rows of a file fit.
+gymnasium-robotics' AntMaze has another ant, another origin, and goals that move: D4RL's rows do not fit it. Here
+Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`): the time step is .02, contacts are softer (solref and
+solimp), the motors have gear 1 and +-30 N m, and walls stand around the ant. How well the rows of a file fit is measured
+by `python tools/data.py replay FILE --task antmaze-umaze`.
 """
 
 import importlib
@@ -16,18 +16,18 @@ import numpy as np
 from gymnasium import spaces
 
 from utils import InputError
+from utils.arrays import Arrays
 from utils.tasks import MAZES
 
 mujoco: Any = importlib.import_module("mujoco")  # its compiled part has no types
 CELL = 4.0  # metres
 MAX_TORQUE = 30.0  # N m per motor, at action +-1
-FRAME_SKIP = 5  # physics steps of .02 s per action
 GOAL_RADIUS = 0.5  # metres
 
 
 def find_cell(maze: str, letter: str) -> np.ndarray:
     """(row, column) of the first cell marked `letter` in the map."""
-    rows = MAZES[maze]
+    rows = MAZES[maze].split()
     return next(np.array([i, row.index(letter)]) for i, row in enumerate(rows) if letter in row)
 
 
@@ -41,7 +41,7 @@ def make_model(maze: str, render_size: int = 480) -> Any:
     assets = Path(gymnasium_mujoco.__file__).parent / "assets"
     spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
     spec.option.timestep = 0.02
-    rows = MAZES[maze]
+    rows = MAZES[maze].split()
     floor = next(geom for geom in spec.geoms if geom.name == "floor")
     floor.size, floor.material, floor.rgba = [2 * CELL * len(rows[0])] * 2 + [CELL], "", [0.6, 0.6, 0.55, 1]
     for i, row in enumerate(rows):
@@ -79,27 +79,22 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
 
     def __init__(self, maze: str, render_mode: str | None = None):
         self.maze, self.goal = maze, np.zeros(2)
-        span = CELL * max(len(MAZES[maze]), len(MAZES[maze][0]))
-        middle = cell_position(maze, np.array([len(MAZES[maze]) - 1, len(MAZES[maze][0]) - 1]) / 2)
+        size = np.array([len(MAZES[maze].split()), len(MAZES[maze].split()[0])])
+        span, middle = CELL * size.max(), cell_position(maze, (size - 1) / 2)
         camera = {"distance": 1.1 * span, "elevation": -80, "azimuth": 90, "lookat": np.array([*middle, 0])}
         space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
-        super().__init__("ant.xml", FRAME_SKIP, space, render_mode, default_camera_config=camera)
+        super().__init__("ant.xml", 5, space, render_mode, default_camera_config=camera)  # 5 steps of .02 s per action
         self.action_space = spaces.Box(-1, 1, (8,), np.float32)
 
     def _initialize_simulation(self) -> tuple[Any, Any]:
-        model = make_model(self.maze, self.width)
-        return model, mujoco.MjData(model)
-
-    def observation(self) -> np.ndarray:
-        """The whole state (29,): qpos (15) and qvel (14)."""
-        return np.concatenate([self.data.qpos, self.data.qvel])
+        return (model := make_model(self.maze, self.width)), mujoco.MjData(model)
 
     def step(self, action):
         self.do_simulation(MAX_TORQUE * np.clip(action, -1, 1), self.frame_skip)
         success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
         if self.render_mode == "human":
             self.render()
-        return self.observation(), float(success), success, False, {"success": success}
+        return self.state_vector(), float(success), success, False, {"success": success}
 
     def reset_model(self) -> np.ndarray:
         corner = cell_position(self.maze, find_cell(self.maze, "g"))
@@ -107,20 +102,16 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         self.model.site("goal").pos[:2] = self.goal
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
-        return self.observation()
+        return self.state_vector()
 
-    def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def relabel(self, arrays: Arrays) -> Arrays:
         """D4RL's rows as they are; the file's terminals are its successes."""
         if arrays["rewards"].min() < 0:
             raise InputError("AntMaze rewards below 0: D4RL's are 0 and 1, and the task itself shifts them by -1")
         return arrays | {"infos/success": arrays["terminals"].astype(bool)}
 
-    def set_row(self, rows: dict[str, np.ndarray], i: int) -> None:
-        """Puts the simulator into the state of row `i` of D4RL-layout arrays; it is all in the observation."""
-        obs = rows["observations"][i].astype(np.float64)
-        mujoco.mj_resetData(self.model, self.data)
-        self.set_state(obs[:15], obs[15:])
-
 
 for _name, _limit in (("UMaze", 700), ("Medium", 1000), ("Large", 1000)):
-    gym.register(f"expo/AntMaze{_name}-v2", AntMaze, max_episode_steps=_limit, kwargs={"maze": _name.lower()})
+    gym.register(
+        f"expo/AntMaze{_name}-v2", f"{__name__}:AntMaze", max_episode_steps=_limit, kwargs={"maze": _name.lower()}
+    )

@@ -1,4 +1,4 @@
-"""What offline data is, and its arrays in files: read with one-line errors, checked, and written whole or not at all."""
+"""Offline data in memory, and its arrays in files: read with one-line errors, checked, written whole or not at all."""
 
 import os
 from dataclasses import dataclass

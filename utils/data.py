@@ -1,12 +1,9 @@
 """Offline data: files of four layouts become the same five arrays. Nothing is ever unpickled.
 
-- D4RL: flat arrays with one row per step, as HDF5 or as an npz file with the same keys.
-- Minari and robomimic (MimicGen too): one HDF5 group per episode.
-- OGBench's play data: an npz file without rewards. The environment's task gives the rewards.
-
-The content of a file decides how it is read, not its name. Every layout becomes flat arrays under D4RL's keys, where
-`ends` marks the last row of each episode. After that there is one way for all: check, relabel, pair each row with its
-successor, and compare with the environment.
+D4RL's layout is flat arrays, one row per step, as HDF5 or npz. Minari and robomimic (MimicGen too) have an HDF5 group
+for each episode. OGBench's play data is an npz file without rewards. The content of a file decides how it is read. Every
+layout becomes flat arrays under D4RL's keys, where `ends` marks the last row of each episode. After that there is one way
+for all: check, relabel, pair each row with its successor, and compare with the environment.
 """
 
 import zipfile
@@ -51,9 +48,8 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
             parts.append(to_dataset(read_file(path, env, obs_keys), relabel))
             if env is not None:
                 fit(parts[-1], env)
-            first, last = ((part.obs.shape[1], part.actions.shape[1]) for part in (parts[0], parts[-1]))
-            if first != last:
-                raise InputError(f"observation and action widths {last} differ from {first} of {specs[0]}")
+            if parts[-1].obs.shape[1:] != parts[0].obs.shape[1:]:
+                raise InputError(f"observations are {parts[-1].obs.shape[1]} wide, those of {specs[0]} are not")
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
     if len(parts) == 1:
@@ -73,15 +69,12 @@ def find_file(spec: str, env: gym.Env | None = None) -> Path:
         from utils import pointmaze
 
         return pointmaze.demonstrations(name, env)
-    path = Path(spec).expanduser()
     if kind in ("d4rl", "minari", "ogbench", "robomimic"):
         from utils import sources
 
-        path, _ = sources.locate(spec)
-        if not path.exists():
-            raise InputError(f"{spec} is not on this machine ({path}); run: python tools/data.py download {spec}")
-    elif path.is_dir():  # a Minari data set
-        path = path / "data" / "main_data.hdf5"
+        return sources.find(spec)
+    path = Path(spec).expanduser()
+    path = path / "data" / "main_data.hdf5" if path.is_dir() else path  # Minari's data sets are folders
     if not path.exists():
         raise InputError(f"{path}: no such file")
     return path

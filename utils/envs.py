@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import os
-import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -61,9 +59,7 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
 def create(env_id: str, kwargs: dict[str, Any], render_mode: str | None) -> gym.Env:
     """`gymnasium.make`, with everything registered that `env_id` can mean."""
     if render_mode:
-        return import_module("utils.rendering").try_out(create, env_id, kwargs | {"render_mode": render_mode})
-    if sys.platform.startswith("linux") and not (os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY")):
-        os.environ.setdefault("PYOPENGL_PLATFORM", "egl")  # PyOpenGL chooses when it is imported, pictures or not
+        return import_module("utils.failures").try_pictures(create, env_id, kwargs | {"render_mode": render_mode})
     for prefix, module in SIMULATORS.items():
         if env_id.startswith(f"expo/{prefix}"):
             import_module(f"utils.{module}")

@@ -1,8 +1,14 @@
-"""What a user reads when an environment fails: one line, with the place in their own code."""
+"""When an environment fails, a user reads one line with the place in their own code; and pictures without a display."""
 
+import atexit
+import contextlib
+import importlib
+import os
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 
@@ -17,21 +23,35 @@ INSTALL = {
 
 def failure(error: Exception, where: str) -> InputError:
     """The exception to raise instead of `error`; `where` is the environment, and what it was asked to do."""
-    if isinstance(error, InputError):
-        return InputError(f"{where}: {error}")
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in INSTALL:
-        package = str(error.name).partition(".")[0]
+    package = str(getattr(error, "name", "")).partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in INSTALL:
         return InputError(f"{where} needs a package that is not installed: {package} ({INSTALL[package]})")
-    if isinstance(error, gym.error.Error | ModuleNotFoundError):
+    if isinstance(error, InputError | gym.error.Error | ModuleNotFoundError):
         return InputError(f"{where}: {' '.join(str(error).split())}")
-    return InputError(f"{where}: {type(error).__name__}: {reason(error)} ({place(error)})")
-
-
-def place(error: Exception) -> str:
-    """file:line of the last frame in the user's own code; without one, of the last frame at all."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
     library = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(library) and "-packages" not in f.filename]
-    return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}"
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if not frame[0].startswith(library) and "-packages" not in frame[0]]
+    place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (own or frames)[-1]
+    return InputError(f"{where}: {type(error).__name__}: {reason(error)} ({place[0]}:{place[1]})")
+
+
+def try_pictures(create: Any, env_id: str, kwargs: dict[str, Any]) -> gym.Env:
+    """create(env_id, kwargs, None), after a first picture: a run that cannot draw fails at its start."""
+    if sys.platform.startswith("linux") and not (os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY")):
+        os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = "egl"
+        for name in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):
+            if name in sys.modules:  # it was imported before the choice, and would look for a display
+                with contextlib.suppress(Exception):  # without EGL the first picture fails, in its own words
+                    importlib.reload(sys.modules[name])
+    try:
+        env = create(env_id, kwargs, None)
+        env.reset(seed=0)
+        env.render()
+    except (gym.error.Error, ModuleNotFoundError):
+        raise
+    except Exception as error:  # OpenGL's loaders raise whatever they like
+        chosen = os.environ.get("MUJOCO_GL", "")
+        advice = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri" if chosen == "egl" else "try MUJOCO_GL=egl"
+        raise InputError(f"no pictures with MUJOCO_GL={chosen!r}: {reason(error)}; {advice}") from error
+    atexit.register(env.close)  # while the graphics library is still there
+    return env

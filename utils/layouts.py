@@ -14,8 +14,7 @@ import numpy as np
 
 from utils import InputError
 from utils.arrays import Arrays, numbers
-
-OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dimensional state
+from utils.tasks import OBS_KEYS
 
 
 def read(file: Any, kind: str, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:
@@ -60,7 +59,7 @@ def read_minari(file: h5py.File, env: gym.Env | None) -> Arrays:
 def minari_observations(group: h5py.Group, env: gym.Env | None, rows: int) -> np.ndarray:
     """Observations (rows, O) of an episode. Those of a Dict space are joined as Gymnasium flattens the environment's.
 
-    Without such an environment they are joined by name, which is the order of a space made from a plain dict.
+    Without an environment they are joined by name, which is the order of a space that was made from a plain dict.
     """
     item = group.get("observations")
     if not isinstance(item, h5py.Group):
@@ -70,10 +69,17 @@ def minari_observations(group: h5py.Group, env: gym.Env | None, rows: int) -> np
     names.sort(
         key=lambda name: [[int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)] for n in name.split("/")]
     )
-    if env is not None and env.has_wrapper_attr("observation_names"):
-        order: list[str] = env.get_wrapper_attr("observation_names")
-        names = order if set(order) == set(names) else names
+    space: Any = env.get_wrapper_attr("native_spaces")[0] if env and env.has_wrapper_attr("native_spaces") else None
+    order = leaves(space) if isinstance(space, gym.spaces.Dict) else names
+    names = order if set(order) == set(names) else names
     return np.concatenate([numbers(item, name, rows).reshape(rows, -1) for name in names], axis=1)
+
+
+def leaves(space: gym.Space, path: str = "") -> list[str]:
+    """Names of the parts of a Dict space, in its own order; with a slash where one lies in another."""
+    if not isinstance(space, gym.spaces.Dict):
+        return [path]
+    return [leaf for key, part in space.items() for leaf in leaves(part, f"{path}/{key}".strip("/"))]
 
 
 def read_robomimic(data: Any, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:

@@ -1,7 +1,6 @@
 """OGBench's single-task environments, which give rewards to the rows of its play data (requirements-ogbench.txt)."""
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
 from utils import InputError, reason
@@ -29,12 +28,14 @@ class SingleTask(gym.Wrapper):
         from ogbench.relabel_utils import relabel_dataset  # pyright: ignore[reportMissingImports]
 
         data = {key: arrays[key] for key in ("qpos", "qvel", "button_states") if key in arrays}
-        missing = [key for key in ("qpos", *(["button_states"] * ("cube" not in self.name))) if key not in data]
-        if missing:
-            raise InputError(f"the data has no {missing[0]!r}, which the rewards of {self.name} are made from")
-        nq = self.env.unwrapped.model.nq  # pyright: ignore[reportAttributeAccessIssue]
-        if data["qpos"].ndim != 2 or data["qpos"].shape[1] != nq:
-            raise InputError(f"'qpos' has shape {data['qpos'].shape}; {self.name} has {nq} coordinates: another task?")
+        for key in ("qpos",) if "cube" in self.name else ("qpos", "button_states"):
+            if key not in data:
+                raise InputError(f"the data has no {key!r}, which the rewards of {self.name} are made from")
+        width = self.get_wrapper_attr("model").nq
+        if data["qpos"].shape[1:] != (width,):
+            raise InputError(
+                f"'qpos' has shape {data['qpos'].shape}; {self.name} has {width} coordinates: another task?"
+            )
         try:
             relabel_dataset(self.name, self.env, data)
         except (ValueError, IndexError) as error:
@@ -51,8 +52,11 @@ def make(name: str, render_mode: str | None = None) -> gym.Env:
     return SingleTask(entry(**spec.kwargs, render_mode=render_mode), name)  # pyright: ignore[reportArgumentType]
 
 
-_tasks = {"CubeSingle": ("cube-single", 200), "CubeDouble": ("cube-double", 500)}
-_tasks |= {"Scene": ("scene", 750), "Puzzle3x3": ("puzzle-3x3", 500)}
-for _name, (_task, _limit) in _tasks.items():
+for _name, _task, _limit in (
+    ("CubeSingle", "cube-single", 200),
+    ("CubeDouble", "cube-double", 500),
+    ("Scene", "scene", 750),
+    ("Puzzle3x3", "puzzle-3x3", 500),
+):
     _kwargs = {"name": f"{_task}-singletask-v0"}
-    gym.register(f"expo/OGBench{_name}-v0", make, max_episode_steps=_limit, kwargs=_kwargs)
+    gym.register(f"expo/OGBench{_name}-v0", f"{__name__}:make", max_episode_steps=_limit, kwargs=_kwargs)

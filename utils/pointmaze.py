@@ -1,7 +1,7 @@
 """The quickstart's demonstrations in gymnasium-robotics' PointMaze: made here in seconds, nothing is downloaded.
 
-A controller walks shortest paths between the centres of cells. Sometimes it makes a detour, or walks to another cell and
-stops there. Every episode has a speed of its own, and the actions carry correlated noise.
+A controller walks shortest paths between the centres of cells. Sometimes it makes a detour, or walks to another cell
+and stops there. Every episode has a speed of its own, and the actions carry correlated noise.
 """
 
 import collections

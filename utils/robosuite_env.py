@@ -13,7 +13,8 @@ import numpy as np
 from gymnasium import spaces
 
 from utils import InputError
-from utils.layouts import OBS_KEYS
+from utils.arrays import Arrays
+from utils.tasks import OBS_KEYS
 
 
 class Robosuite(gym.Env):
@@ -29,18 +30,10 @@ class Robosuite(gym.Env):
         self.name, self.obs_keys, self.render_mode = name, tuple(obs_keys), render_mode
         controller = load_composite_controller_config(robot="Panda")
         self.arm = controller["body_parts"]["right"]
-        self.env: Any = robosuite.make(
-            name,
-            robots="Panda",
-            controller_configs=controller,
-            has_renderer=False,
-            has_offscreen_renderer=render_mode is not None,
-            use_camera_obs=False,
-            use_object_obs=True,
-            reward_shaping=False,
-            control_freq=20,
-            ignore_done=True,  # the time limit is Gymnasium's
-        )
+        options = dict(robots="Panda", controller_configs=controller, control_freq=20, reward_shaping=False)
+        options |= dict(use_camera_obs=False, use_object_obs=True, has_renderer=False)
+        options |= dict(has_offscreen_renderer=render_mode is not None)
+        self.env: Any = robosuite.make(name, ignore_done=True, **options)  # the time limit is Gymnasium's
         logging.disable(logging.NOTSET)
         low, high = self.env.action_spec
         self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
@@ -59,8 +52,11 @@ class Robosuite(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self.env.rng = np.random.default_rng(seed)
-            if hasattr(self.env, "placement_initializer"):
-                _seed_samplers(self.env.placement_initializer, self.env.rng)
+            samplers = [self.env.placement_initializer] if hasattr(self.env, "placement_initializer") else []
+            while samplers:  # robosuite makes them with a generator of their own, those inside of others too
+                sampler: Any = samplers.pop()
+                sampler.rng = self.env.rng
+                samplers += getattr(sampler, "samplers", {}).values()
         return self._observation(self.env.reset()), {}
 
     def step(self, action):
@@ -80,13 +76,13 @@ class Robosuite(gym.Env):
         settings = env_args.get("env_kwargs") or {}
         controller = settings.get("controller_configs") or {}
         controller = (controller.get("body_parts") or {}).get("right") or controller  # robosuite 1.5, or before
-        here = {"env_name": self.name, "control_freq": 20, "kp": self.arm["kp"], "output_max": self.arm["output_max"]}
-        there = {**controller, **settings, **env_args}
-        for key, value in here.items():
-            if there.get(key, value) != value:
-                raise InputError(f"it was recorded with {key} {there[key]}; the task has {value}: its actions differ")
+        here = dict(env_name=self.name, control_freq=20, reward_shaping=False, control_delta=True, input_type="delta")
+        here |= {key: self.arm[key] for key in ("kp", "output_max")}
+        for key, value in (controller | settings | env_args).items():
+            if value != here.get(key, value):
+                raise InputError(f"it was recorded with {key} {value}; the task has {here[key]}")
 
-    def relabel(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def relabel(self, arrays: Arrays) -> Arrays:
         """Demonstrations up to their first success, which is terminal; what follows it cannot happen here."""
         success, ends = arrays["infos/success"].astype(bool), arrays["ends"]
         before = np.cumsum(success) - success  # successes before this row, those of earlier episodes included
@@ -99,12 +95,7 @@ class Robosuite(gym.Env):
         return cut | {"rewards": success[keep].astype(np.float32)}
 
 
-def _seed_samplers(sampler: Any, rng: np.random.Generator) -> None:
-    """Gives the generator to a placement sampler and those inside it: robosuite makes them with their own."""
-    sampler.rng = rng
-    for inner in getattr(sampler, "samplers", {}).values():
-        _seed_samplers(inner, rng)
-
-
 for _name, _robosuite in (("Lift", "Lift"), ("Can", "PickPlaceCan"), ("Square", "NutAssemblySquare")):
-    gym.register(f"expo/Robomimic{_name}-v1", Robosuite, max_episode_steps=400, kwargs={"name": _robosuite})
+    gym.register(
+        f"expo/Robomimic{_name}-v1", f"{__name__}:Robosuite", max_episode_steps=400, kwargs={"name": _robosuite}
+    )

@@ -1,21 +1,18 @@
 """The table of tasks, and the command line that lays a task's settings over a script's own defaults."""
 
-# A task is an environment, offline data for it, and values for the flags that need another one there than the scripts'
-# own defaults, which are the published ones. `--task NAME` takes all three. A flag on the command line still wins.
+# A task is an environment, offline data for it, and values for the flags where the scripts' own defaults
+# (the published ones) do not fit. `--task NAME` takes all three. A flag on the command line still wins.
 
 import contextlib
 import difflib
-import importlib.util
 import inspect
 import io
-import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -48,36 +45,29 @@ MAZES = {  # rows from the top; 1 wall, r start, g goal
 QUICKSTART = (
     dict(hidden_dim=64, hidden_layers=2, base_hidden_dim=64, base_blocks=1, base_expansion=2, num_critics=4)
     | dict(utd_ratio=4, batch_size=128, num_base_samples=4, num_edit_samples=4, denoising_steps=5)
-    | dict(threads=1)  # networks this small gain little from a second thread
     | dict(total_timesteps=600, eval_every=100, eval_episodes=20, log_every=50, checkpoint_every=500)
+    | dict(threads=1)  # networks this small gain little from a second thread
     # Imitation and critics learn from the demonstrations first: success falls to 0 while untrained critics choose.
     | dict(pretrain_steps=3_000, offline_steps=1_500, learning_starts=0)
-    # 10 at the goal and 0 before it. With -1 per step, what the critics do not know yet looks better to them than what
-    # they know. This lasts for about 1 / (tau (1 - gamma)) updates.
-    | dict(reward_scale=10.0)
-    # One action changes the value by a share of 1 - gamma. At .99 that is less than the error of critics this small.
-    # For the same reason an action is as long as the maze allows, and an episode has few of them.
-    | dict(gamma=0.96, action_repeat=10)
+    # 10 at the goal, 0 before it. With -1 per step, the critics prefer what they do not know yet. One action changes a
+    # value by a share of 1 - gamma: at .99 this is less than the error of small critics. Hence also the long actions.
+    | dict(reward_scale=10.0, gamma=0.96, action_repeat=10)
     # Value travels back by one action in 1 / tau updates. With .02, success on the large maze was 0 for 300 steps.
     | dict(tau=0.05)
     | dict(critic_lr=1e-4)  # steadier than 3e-4 in single runs; not compared by itself
     | dict(ema_rate=0.005)  # the average of 200 updates, because a run has only a few thousand
     | dict(edit_scale=0.2, init_alpha=0.1)  # found by hand on this maze
 )
-
-
-LARGE = dict(offline_steps=2_000, total_timesteps=1_000)  # the way is longer
-
 TASKS: dict[str, Task] = {}
 for name, env_name, limit, more, about in (
     ("umaze", "UMaze", 24, {}, "a U-shaped corridor, the easiest maze"),
     ("medium", "Medium", 43, {}, "the quickstart: minutes on a laptop CPU"),
-    ("large", "Large", 80, LARGE, "a longer way"),
+    ("large", "Large", 80, dict(offline_steps=2_000, total_timesteps=1_000), "a longer way"),
 ):  # the time limit is near the demonstrators' own speed, so that imitation alone does not solve the task
     maze = [[int(c) if c in "01" else c for c in row] for row in MAZES[name].split()]
     settings, kwargs = QUICKSTART | {"max_episode_steps": limit} | more, dict(maze_map=maze, continuing_task=False)
-    data = (f"generated:pointmaze-{name}",)
-    TASKS[f"pointmaze-{name}"] = Task(f"PointMaze_{env_name}-v3", data, about, settings, env_kwargs=kwargs)
+    env_id, data = f"PointMaze_{env_name}-v3", (f"generated:pointmaze-{name}",)
+    TASKS[f"pointmaze-{name}"] = Task(env_id, data, about, settings, env_kwargs=kwargs)
 
 # From here on the settings are published (the authors' scripts), but for those that are marked as ours.
 ANTMAZE = dict(num_min_critics=1, reward_shift=-1.0, edit_scale=0.05, total_timesteps=300_000, pretrain_steps=500_000)
@@ -90,8 +80,8 @@ for name, env_name, eta, about in (  # eta: Diffusion-QL's weight of its Q term
     ("large-diverse", "Large", 3.5, "the same, data to anywhere"),
 ):
     settings = ANTMAZE | dict(expectile=0.9, eta=eta, max_q_backup=name != "umaze")  # of the baselines
-    env_id, data = f"expo/AntMaze{env_name}-v2", (f"d4rl:antmaze-{name}-v2",)
-    TASKS[f"antmaze-{name}"] = Task(env_id, data, about, settings, source="published")
+    task = Task(f"expo/AntMaze{env_name}-v2", (f"d4rl:antmaze-{name}-v2",), about, settings, source="published")
+    TASKS[f"antmaze-{name}"] = task
 
 ADROIT = dict(learning_starts=0, reward_shift=-1.0, edit_scale=0.7, edit_dropout=0.1, total_timesteps=300_000)
 ADROIT |= dict(pretrain_steps=20_000)  # ours: only online runs are published
@@ -136,39 +126,39 @@ POSITIVE += ("lr_decay_steps", "num_action_samples")
 SHARES = ("offline_ratio", "gamma", "tau", "ema_rate", "edit_dropout", "expectile", "heldout_share")
 
 
-def parse_args(cls: type[T], description: str | None = None, argv: Sequence[str] | None = None) -> T:
+def parse_args(cls: type[T], description: str | None = None, argv: list[str] | None = None) -> T:
     """An instance of the dataclass `cls` from the command line (or `argv`); an InputError if that would fail later.
 
     The settings of `--task`, or of the task that `cls` names, are laid over the defaults of `cls`. `--task ""`, or
     `--env-id` alone, leaves the defaults as they are. With `--resume DIR` the flags of that run are the defaults.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    default = cls()
+    argv, default = list(sys.argv[1:] if argv is None else argv), cls()
     given = vars(read_flags(default, [word for word in argv if word not in ("-h", "--help")], description))
-    flags, run_dir, name = vars(default), given["resume"], given["task"]
+    flags, name, run_dir = vars(default), given.get("task"), given.get("resume")
+    if given.get("env_id") and not any(word.startswith("--task") for word in argv):
+        name = ""
     if run_dir:
         try:
-            saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-        except (OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((Path(run_dir) / "args.json").read_text())["args"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"--resume {run_dir}: no run there; its args.json is missing or damaged") from None
-        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-        flags |= {key: value for key, value in saved.items() if key in flags} | dict(resume=run_dir, run_dir=run_dir)
-    elif name in TASKS and (not given["env_id"] or any(word.startswith("--task") for word in argv)):
+        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved}
+        flags.update({key: saved[key] for key in flags if key in saved}, resume=run_dir, run_dir=run_dir)
+    elif name in TASKS:
         task = TASKS[name]
         settings = task.settings | (task.finetune if "pretrained" in flags else {})
-        flags |= {key: value for key, value in settings.items() if key in flags}
-        flags |= dict(task=name, env_id=task.env_id, dataset=task.dataset)
-    elif name not in ("", *TASKS):
+        flags.update({key: settings[key] for key in flags if key in settings})
+        flags.update(task=name, env_id=task.env_id, dataset=task.dataset)
+    elif name:
         close = "".join(f"; did you mean {word!r}?" for word in difflib.get_close_matches(name, TASKS, 1))
         raise InputError(f"--task {name!r} is unknown{close} (known: {', '.join(TASKS)})")
     else:
-        flags["task"] = ""
+        flags.update(task="")
     args = read_flags(default, argv, description)
-    changed = [key for key, value in vars(args).items() if value != flags[key]]
-    fixed = [f"--{key.replace('_', '-')}" for key in changed if key not in CHANGEABLE]
-    if run_dir and fixed:
-        raise InputError(f"--resume {run_dir}: {', '.join(fixed)} cannot change; start a new run for that")
-    if flags["task"] and "env_id" in changed:
+    changed = [f"--{key.replace('_', '-')}" for key in flags if vars(args)[key] != flags[key] and key not in CHANGEABLE]
+    if run_dir and changed:
+        raise InputError(f"--resume {run_dir}: {', '.join(changed)} cannot change; start a new run for that")
+    if name and "--env-id" in changed:
         raise InputError(f"--task {name} is {flags['env_id']}; give --env-id and --dataset without --task")
     check_flags(vars(args))
     return args
@@ -176,51 +166,51 @@ def parse_args(cls: type[T], description: str | None = None, argv: Sequence[str]
 
 def read_flags(default: T, argv: list[str], description: str | None) -> T:
     """tyro's answer. In --help the flags stand in groups, one for every comment line `# ---- NAME` of the class."""
-    cls, title, parts = type(default), "the flags", {}
+    cls, title, parts, lines = type(default), "the flags", {}, []
     hints = get_type_hints(cls)
-    with contextlib.suppress(OSError):  # without its source, the class is one group
-        for line in map(str.strip, inspect.getsource(cls).splitlines()):
-            name, text = line.partition(":")[0], line.partition("  # ")[2]
-            title = line.strip("# -") if line.startswith("# ----") else title
-            if name in hints:
-                flag = Annotated[hints.pop(name), tyro.conf.arg(help=text)]
-                parts.setdefault(title, []).append((name, flag, field(default=vars(default)[name])))
-    rest = [(name, kind, field(default=vars(default)[name])) for name, kind in hints.items()]
-    groups = [(title, make_dataclass("Part", part)) for title, part in (*parts.items(), ("other flags", rest)) if part]
-    fields = [(f"part{i}", Annotated[kind, tyro.conf.arg(name=title)]) for i, (title, kind) in enumerate(groups)]
+    with contextlib.suppress(OSError):  # a class without a source has no groups
+        lines = inspect.getsource(cls).splitlines()
+    for line in map(str.strip, [*lines, *(f"{name}:" for name in hints)]):
+        name, text = line.partition(":")[0], line.partition("  # ")[2]
+        title = line.strip("# -") if line.startswith("# ----") else title
+        if name in hints:
+            flag = Annotated[hints.pop(name), tyro.conf.arg(help=text)]
+            parts.setdefault(title, []).append((name, flag, field(default=vars(default)[name])))
+    groups = [Annotated[make_dataclass("Part", part), tyro.conf.arg(name=title)] for title, part in parts.items()]
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            whole: Any = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", fields)]
-            answer = tyro.cli(whole, args=argv, description=description)
+            whole: Any = make_dataclass("Flags", [(f"part{i}", group) for i, group in enumerate(groups)])
+            answer = tyro.cli(tyro.conf.OmitArgPrefixes[whole], args=argv, description=description)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         lines = [re.sub("[│─╭╮╰╯]+", " ", line).strip() for line in box.getvalue().splitlines()[1:]]
-        words = " ".join(itertools.takewhile(bool, lines))  # up to the first rule: the message itself
-        raise InputError(f"{words.rstrip('.')} (--help shows all flags)") from None
+        message = "\n".join(lines).partition("\n\n")[0].replace("\n", " ")  # up to the first rule
+        raise InputError(f"{message.rstrip('.')} (--help shows all flags)") from None
     return cls(**{name: value for part in vars(answer).values() for name, value in vars(part).items()})
 
 
 def check_flags(flags: dict[str, Any]) -> None:
     """Raises InputError for values that would fail late, or silently."""
-    low = dict.fromkeys(POSITIVE, 1) | dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9)
-    low |= dict(reward_scale=-1e30, reward_shift=-1e30)
+    low = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(("reward_scale", "reward_shift"), -1e30)
+    low |= dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9)
     high = dict.fromkeys(SHARES, 1) | dict(edit_scale=2, seed=2**31 - 1, num_min_critics=flags.get("num_critics"))
     for name, value in flags.items():
         least, most = low.get(name, 0), high.get(name, 1e30)
         if isinstance(value, int | float) and not least <= value <= most:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be from {least:g} to {most:g}")
-    found, device = importlib.util.find_spec, flags["device"]
+            bound = f"at most {most:g}" if value > most else f"at least {least:g}"
+            raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
+    given, found, device = flags.get, util.find_spec, flags.get("device", "auto")
     compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
     for wrong, problem in (
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
         (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
         (device not in ("auto", "cpu", "cuda"), f"--device {device!r} must be auto, cpu or cuda"),
         (device == "cuda" and not import_module("torch").cuda.is_available(), "--device cuda: torch finds no CUDA"),
-        (flags["compile"] and not compiler, "--compile needs a C++ compiler (Debian: apt install g++ python3-dev)"),
-        (flags["track"] and not found("wandb"), "--track needs a package: pip install wandb"),
-        (flags["capture_video"] and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),
+        (given("compile") and not compiler, "--compile needs a C++ compiler (Debian: apt install g++ python3-dev)"),
+        (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
+        (given("capture_video") and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),
     ):
         if wrong:
             raise InputError(problem)
