@@ -415,12 +415,14 @@ class Log:
     """The folder of a run: args.json, metrics.csv with one value a row, TensorBoard. `state` is of a checkpoint."""
 
     def __init__(self, folder: Path, args: Args, data_crc32: int, state: dict[str, Any], step: int):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
         path = folder / "args.json"
         old = json.loads(path.read_text()) if args.resume else {"data_crc32": data_crc32, "starts": []}
-        if old["data_crc32"] != data_crc32:
-            raise OSError(f"--resume {folder}: the data is not the same as the data that this run learned from")
-        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --exclude='*'"
+        self.file = open(folder / "metrics.csv", "ab", buffering=0)
+        size, expected, header = self.file.tell(), state["bytes"], b"step,seconds,key,value\n"
+        if old["data_crc32"] != data_crc32 or size < expected or size > len(header) > expected:
+            raise OSError(f"{folder}: the data, metrics.csv or checkpoint.pt is missing, or not the one of this run")
+        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --exclude='*' 2>/dev/null"
         found = (sys.modules.get(name) for name in ("torch", "numpy", "gymnasium", "mujoco"))
         versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in found if m}
         start = {"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions}
@@ -428,10 +430,9 @@ class Log:
         record |= {"args": vars(args), "starts": [*old["starts"], start]}
         write_whole(path, json.dumps(record, indent=2).encode())
         self.sums, self.started = state["sums"], time.monotonic() - state["seconds"]
-        self.file = open(folder / "metrics.csv", "ab")
         self.file.truncate(self.file.seek(state["bytes"]))  # drops what a killed run wrote after its checkpoint
         if state["bytes"] == 0:
-            self.file.write(b"step,seconds,key,value\n")
+            self.file.write(header)
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="expo", name=folder.name, config=vars(args), sync_tensorboard=True)
@@ -440,7 +441,6 @@ class Log:
     def state(self) -> dict[str, Any]:
         """What a new Log needs to continue from here. Everything before is on the disk."""
         self.tensorboard.flush()
-        self.file.flush()
         os.fsync(self.file.fileno())
         return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.started, "sums": dict(self.sums)}
 
@@ -459,7 +459,6 @@ class Log:
             self.tensorboard.add_scalar(key, mean, step)
             if not math.isfinite(mean):
                 raise FloatingPointError(f"step {step}: {key} is {mean}; lower the learning rates or check the rewards")
-        self.file.flush()
         self.tensorboard.add_scalar("charts/SPS", max(step, 0) / seconds, step)
         if "eval/return" in means:
             words = [f"{key} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
@@ -483,7 +482,7 @@ def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffe
     state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}
     state["optimizers"] = {name: part.state_dict() for name, part in vars(optimizers).items()}
     state["rows"] = [field[buffer.num_offline : buffer.size].clone() for field in buffer.fields]
-    state |= {"random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    state |= {"random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()[:1]}
     torch.save(state, content := io.BytesIO())
     write_whole(folder / "checkpoint.pt", content.getvalue())
 
@@ -517,9 +516,7 @@ def main(args: Args) -> None:
     data = load_dataset(args.dataset, env, args.obs_keys)  # NumPy arrays: obs, actions, rewards, next_obs, terminations
     obs_dim, action_dim = data[0].shape[1], data[1].shape[1]
     if args.capture_video:
-        video_env = make_env(*env_flags, render_mode="rgb_array")
-        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # it records the first episode of every evaluation
-        eval_envs[0] = gym.wrappers.RecordVideo(video_env, str(folder / "videos"), lambda i: i % rounds == 0)
+        eval_envs[0] = make_env(*env_flags, render_mode="rgb_array")
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
@@ -537,24 +534,38 @@ def main(args: Args) -> None:
         state = load(folder / "checkpoint.pt", agent, optimizers, buffer)
     first, saved, episode = state["step"] + 1, state["step"], state["episode"]
     log = Log(folder, args, zlib.crc32(b"".join(field.tobytes() for field in data)), state["log"], first)
-    print(f"on {device}, in {folder}; to watch: tensorboard --logdir {folder.parent}; to continue: --resume {folder}")
+    if args.capture_video:
+        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # it records the first episode of every evaluation
+        eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], str(folder / "videos"), lambda i: i % rounds == 0)
+    save(folder, agent, optimizers, buffer, log, first - 1, episode)
+    print(f"on {device}, in {folder}; to watch: tensorboard --logdir {folder.parent}")
     # The first Ctrl-C or SIGTERM ends the run with its episode, and saves it. The second one ends it at once.
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
 
-    # The same update on offline rows alone, before the first environment step.
-    for step in tqdm(range(first, 0), desc="offline", unit="update", disable=None):
-        log.add(update(agent, optimizers, buffer.draw(1.0, 1, args.batch_size)))
-        if step % args.log_every == 0:
+    def finish(step: int, between_episodes: bool) -> None:
+        """The end of a step: evaluates, logs, saves and stops, where it is due."""
+        nonlocal saved
+        evaluating = step >= 0 and (step % args.eval_every == 0 or step == args.total_timesteps)
+        if evaluating:
+            eval_envs[0].name_prefix = f"step{step}"  # of its video  # pyright: ignore[reportAttributeAccessIssue]
+            log.add(evaluate(policies, eval_envs, args, device))
+        if evaluating or step % args.log_every == 0:
             log.write(step)
-        if step % args.checkpoint_every == 0 or stop:
+        due = between_episodes and (stop or step - saved >= args.checkpoint_every)
+        if due or step == args.total_timesteps:
             save(folder, agent, optimizers, buffer, log, step, episode)
-            if stop:
-                sys.exit(128 + stop[0])
-    if first <= 0:
-        log.add(evaluate(policies, eval_envs, args, device))
-        log.write(0)
+            saved = step
+        if due and stop:
+            print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
+            sys.exit(128 + stop[0])
+
+    # The same update on offline rows alone, before the first environment step.
+    for step in tqdm(range(first, 1), desc="offline", unit="update", disable=None):  # 0: an evaluation, no update
+        if step < 0:
+            log.add(update(agent, optimizers, buffer.draw(1.0, 1, args.batch_size)))
+        finish(step, True)
 
     obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
     for step in tqdm(range(max(first, 1), args.total_timesteps + 1), desc="online", unit="step", disable=None):
@@ -571,17 +582,8 @@ def main(args: Args) -> None:
             log.add({"charts/episodic_return": episodic_return})
             episode += 1
             obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
-        if step % args.eval_every == 0 or step == args.total_timesteps:
-            log.add(evaluate(policies, eval_envs, args, device))
-            log.write(step)
-        elif step % args.log_every == 0:
-            log.write(step)
-        due = stop or step - saved >= args.checkpoint_every
-        if step == args.total_timesteps or (due and (terminated or truncated)):
-            save(folder, agent, optimizers, buffer, log, step, episode)
-            saved = step
-            if stop:
-                sys.exit(128 + stop[0])
+        finish(step, terminated or truncated)
+    eval_envs[0].close()  # completes its last video
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
     print(f"done: {folder}")

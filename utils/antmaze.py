@@ -1,9 +1,8 @@
 """D4RL's AntMaze on current MuJoCo, so that D4RL's rows and the simulator agree.
 
 gymnasium-robotics' AntMaze has another ant, another origin, and goals that move: D4RL's rows do not fit it. Here
-Gymnasium's own ant.xml is edited in memory (`mujoco.MjSpec`): the time step is .02, contacts are softer (solref and
-solimp), the motors have gear 1 and +-30 N m, and walls stand around the ant. How well the rows of a file fit is measured
-by `python tools/data.py replay FILE --task antmaze-umaze`.
+Gymnasium's own ant.xml is edited in memory: the time step is .02, contacts are softer (solref and solimp), the motors
+have gear 1 and +-30 N m, and walls stand around the ant. `tools/data.py replay` measures how well a file's rows fit.
 """
 
 import importlib
@@ -25,15 +24,15 @@ MAX_TORQUE = 30.0  # N m per motor, at action +-1
 GOAL_RADIUS = 0.5  # metres
 
 
-def find_cell(maze: str, letter: str) -> np.ndarray:
-    """(row, column) of the first cell marked `letter` in the map."""
-    rows = MAZES[maze].split()
-    return next(np.array([i, row.index(letter)]) for i, row in enumerate(rows) if letter in row)
+def grid(maze: str) -> np.ndarray:
+    """The map as letters (rows, columns)."""
+    return np.array([list(row) for row in MAZES[maze].split()])
 
 
-def cell_position(maze: str, cell: np.ndarray) -> np.ndarray:
-    """Position (x, y) in metres of a cell (row, column); the start cell is the origin."""
-    return CELL * (cell - find_cell(maze, "r"))[::-1].astype(float)
+def positions(maze: str, letter: str) -> np.ndarray:
+    """Positions (cells, 2) in metres of the cells with this letter; the start cell is the origin."""
+    start, cells = (np.argwhere(grid(maze) == which) for which in ("r", letter))
+    return CELL * (cells - start[0])[:, ::-1].astype(float)
 
 
 def make_model(maze: str, render_size: int = 480) -> Any:
@@ -41,18 +40,13 @@ def make_model(maze: str, render_size: int = 480) -> Any:
     assets = Path(gymnasium_mujoco.__file__).parent / "assets"
     spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
     spec.option.timestep = 0.02
-    rows = MAZES[maze].split()
     floor = next(geom for geom in spec.geoms if geom.name == "floor")
-    floor.size, floor.material, floor.rgba = [2 * CELL * len(rows[0])] * 2 + [CELL], "", [0.6, 0.6, 0.55, 1]
-    for i, row in enumerate(rows):
-        for j, letter in enumerate(row):
-            if letter == "1":
-                x, y = cell_position(maze, np.array([i, j]))
-                wall = spec.worldbody.add_geom()
-                wall.name, wall.type = f"wall_{i}_{j}", mujoco.mjtGeom.mjGEOM_BOX
-                wall.size, wall.pos = [CELL / 2, CELL / 2, 1], [x, y, 1]
-                wall.contype, wall.conaffinity = 1, 1
-                wall.rgba = [0.3, 0.33, 0.45, 1]
+    floor.size, floor.material = [2 * CELL * grid(maze).shape[1]] * 2 + [CELL], ""
+    floor.rgba = [0.6, 0.6, 0.55, 1]
+    for x, y in positions(maze, "1"):
+        wall = spec.worldbody.add_geom()
+        wall.type, wall.size, wall.pos = mujoco.mjtGeom.mjGEOM_BOX, [CELL / 2, CELL / 2, 1], [x, y, 1]
+        wall.contype, wall.conaffinity, wall.rgba = 1, 1, [0.3, 0.33, 0.45, 1]
     for geom in spec.geoms:
         geom.solref, geom.solimp[:3] = [0.02, 1], [0.8, 0.8, 0.01]
     for motor in spec.actuators:
@@ -61,7 +55,7 @@ def make_model(maze: str, render_size: int = 480) -> Any:
     goal = spec.worldbody.add_site()
     goal.name, goal.type = "goal", mujoco.mjtGeom.mjGEOM_CYLINDER
     goal.size, goal.rgba = [GOAL_RADIUS, 0.5, 0], [0.9, 0.2, 0.2, 1]
-    goal.pos = [*cell_position(maze, find_cell(maze, "g")), 0]  # not 0: MuJoCo would fix it to the world's origin
+    goal.pos = [*positions(maze, "g")[0], 0]  # not 0: MuJoCo would fix it to the world's origin
     model = spec.compile()
     model.vis.global_.offwidth = model.vis.global_.offheight = render_size
     return model
@@ -79,9 +73,10 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
 
     def __init__(self, maze: str, render_mode: str | None = None):
         self.maze, self.goal = maze, np.zeros(2)
-        size = np.array([len(MAZES[maze].split()), len(MAZES[maze].split()[0])])
-        span, middle = CELL * size.max(), cell_position(maze, (size - 1) / 2)
-        camera = {"distance": 1.1 * span, "elevation": -80, "azimuth": 90, "lookat": np.array([*middle, 0])}
+        walls = positions(maze, "1")
+        lookat = np.array([*(walls.min(axis=0) + walls.max(axis=0)) / 2, 0])  # the middle of the maze
+        distance = 1.1 * CELL * max(grid(maze).shape)
+        camera = {"distance": distance, "elevation": -80, "azimuth": 90, "lookat": lookat}
         space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
         super().__init__("ant.xml", 5, space, render_mode, default_camera_config=camera)  # 5 steps of .02 s per action
         self.action_space = spaces.Box(-1, 1, (8,), np.float32)
@@ -97,7 +92,7 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         return self.state_vector(), float(success), success, False, {"success": success}
 
     def reset_model(self) -> np.ndarray:
-        corner = cell_position(self.maze, find_cell(self.maze, "g"))
+        corner = positions(self.maze, "g")[0]
         self.goal = corner + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
         self.model.site("goal").pos[:2] = self.goal
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)

@@ -26,16 +26,10 @@ class Transitions(NamedTuple):
 
 @dataclass
 class Dataset:
-    """n transitions (see `Transitions`) in m episodes, in the order of the file."""
-
-    obs: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    next_obs: np.ndarray
-    terminations: np.ndarray
+    rows: Transitions
     episodes: np.ndarray  # (m, 2) the first row of each episode, and one past its last
-    success: np.ndarray | None = None  # (m,) bool, or None where the file does not say
-    dropped: int = 0  # rows that were left out because their successor is not in the file
+    success: np.ndarray | None  # (m,) bool, or None where the file does not say
+    dropped: int  # rows of the file that were left out because their successor is not in it
 
 
 def numbers(group: Any, key: str, rows: int | None = None) -> np.ndarray:

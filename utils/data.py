@@ -1,9 +1,9 @@
 """Offline data: files of four layouts become the same five arrays. Nothing is ever unpickled.
 
 D4RL's layout is flat arrays, one row per step, as HDF5 or npz. Minari and robomimic (MimicGen too) have an HDF5 group
-for each episode. OGBench's play data is an npz file without rewards. The content of a file decides how it is read. Every
-layout becomes flat arrays under D4RL's keys, where `ends` marks the last row of each episode. After that there is one way
-for all: check, relabel, pair each row with its successor, and compare with the environment.
+for each episode. OGBench's play data is an npz file without rewards. What is in a file decides how it is read. Every
+layout becomes flat arrays under D4RL's keys, where `ends` marks the last row of each episode. Then all go the same way:
+check, relabel, pair each row with its successor, and compare with the environment.
 """
 
 import zipfile
@@ -18,18 +18,20 @@ import numpy as np
 from utils import InputError, reason
 from utils.arrays import Arrays, Dataset, Transitions, check, numbers
 
+OPTIONAL = ("timeouts", "next_observations", "masks", "infos/success", "infos/goal_achieved")
+
 
 def load_dataset(specs: Sequence[str], env: gym.Env, obs_keys: Sequence[str] = ()) -> Transitions:
-    """The transitions of `read_dataset`. It prints one line about them, and one for each thing that looks wrong."""
+    """The rows of `read_dataset`. It prints one line about them, and one for each thing that looks wrong."""
     data = read_dataset(specs, env, obs_keys)
     success = "" if data.success is None else f", {data.success.mean():.1%} of them successful"
-    print(f"data: {len(data.obs):,} transitions in {len(data.episodes):,} episodes{success} ({' '.join(specs)})")
+    print(f"data: {len(data.rows.obs):,} transitions in {len(data.episodes):,} episodes{success} ({' '.join(specs)})")
     if not all(spec.startswith("generated:") for spec in specs):  # what is made here is known to be right
         from utils.problems import find_problems
 
         for problem in find_problems(data, env):
             print(f"data: warning: {problem}")
-    return Transitions(data.obs, data.actions, data.rewards, data.next_obs, data.terminations)
+    return data.rows
 
 
 def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Dataset:
@@ -45,21 +47,21 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
     for spec in specs:
         path = find_file(spec, env)
         try:
-            parts.append(to_dataset(read_file(path, env, obs_keys), relabel))
-            if env is not None:
-                fit(parts[-1], env)
-            if parts[-1].obs.shape[1:] != parts[0].obs.shape[1:]:
-                raise InputError(f"observations are {parts[-1].obs.shape[1]} wide, those of {specs[0]} are not")
+            part = to_dataset(read_file(path, env, obs_keys), relabel)
+            part.rows = part.rows if env is None else fit(part.rows, env)
+            if parts and part.rows.obs.shape[1:] != parts[0].rows.obs.shape[1:]:
+                raise InputError(f"observations are {part.rows.obs.shape[1]} wide, those of {specs[0]} are not")
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        parts.append(part)
     if len(parts) == 1:
         return parts[0]
-    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in Transitions._fields]
-    offsets = np.cumsum([0, *(len(part.obs) for part in parts)])
+    rows = Transitions(*(np.concatenate(columns) for columns in zip(*(part.rows for part in parts), strict=True)))
+    offsets = np.cumsum([0, *(len(part.rows.obs) for part in parts)])
     episodes = np.concatenate([part.episodes + offset for part, offset in zip(parts, offsets, strict=False)])
     known = [part.success for part in parts if part.success is not None]
     success = np.concatenate(known) if len(known) == len(parts) else None
-    return Dataset(*columns, episodes, success, sum(part.dropped for part in parts))
+    return Dataset(rows, episodes, success, sum(part.dropped for part in parts))
 
 
 def find_file(spec: str, env: gym.Env | None = None) -> Path:
@@ -85,12 +87,18 @@ def read_file(path: Path, env: gym.Env | None = None, obs_keys: Sequence[str] = 
     kind = "npz" if zipfile.is_zipfile(path) else "HDF5"
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
-            groups = "data" in file or any(key.startswith("episode_") for key in file)
-            if not groups and (kind == "HDF5" or {"rewards", "next_observations", "masks", "timeouts"} & set(file)):
+            keys = {str(key).rstrip("0123456789") for key in file}
+            if not keys & {"data", "episode_"} and (kind == "HDF5" or keys & {"rewards", *OPTIONAL}):
                 return read_flat(file)
             from utils import layouts  # not needed for D4RL's layout
 
-            return layouts.read(file, kind, env, obs_keys)
+            if kind == "npz":
+                return layouts.read_ogbench(file)
+            return (
+                layouts.read_robomimic(file["data"], env, obs_keys)
+                if "data" in keys
+                else layouts.read_minari(file, env)
+            )
     except InputError:
         raise
     except Exception as error:  # h5py, zipfile and numpy raise a dozen kinds of exception for a damaged file
@@ -100,8 +108,7 @@ def read_file(path: Path, env: gym.Env | None = None, obs_keys: Sequence[str] = 
 def read_flat(file: Any) -> Arrays:
     """D4RL's layout."""
     arrays = {key: numbers(file, key) for key in ("observations", "actions", "rewards", "terminals")}
-    optional = ("timeouts", "next_observations", "masks", "infos/success", "infos/goal_achieved")
-    arrays |= {key: numbers(file, key) for key in optional if key in file}
+    arrays |= {key: numbers(file, key) for key in OPTIONAL if key in file}
     if "infos/goal_achieved" in arrays:
         arrays.setdefault("infos/success", arrays.pop("infos/goal_achieved"))
     return arrays
@@ -131,10 +138,10 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
     success = arrays.get("infos/success")
     if success is not None:
         success = np.maximum.reduceat(success.astype(bool), starts)[nonempty]
-    rows = slice(None) if keep.all() else keep  # a slice makes no copy
-    columns = (obs[rows], arrays.pop("actions")[rows], arrays["rewards"][rows], next_obs, terminals[rows])
-    columns = [column.astype(np.float32, copy=False) for column in columns]
-    return Dataset(*columns, episodes[nonempty], success, int(n - keep.sum()))
+    kept = slice(None) if keep.all() else keep  # a slice makes no copy
+    columns = (obs[kept], arrays.pop("actions")[kept], arrays["rewards"][kept], next_obs, terminals[kept])
+    rows = Transitions(*(column.astype(np.float32, copy=False) for column in columns))
+    return Dataset(rows, episodes[nonempty], success, int(n - keep.sum()))
 
 
 def find_ends(arrays: Arrays) -> None:
@@ -158,20 +165,21 @@ def find_ends(arrays: Arrays) -> None:
     arrays["ends"][-1] = True
 
 
-def fit(data: Dataset, env: gym.Env) -> None:
-    """Compares widths and actions with the environment, and rescales the actions from its bounds to [-1, 1]."""
+def fit(rows: Transitions, env: gym.Env) -> Transitions:
+    """The rows with actions rescaled from the bounds of `env` to [-1, 1]; an InputError if they do not fit."""
     has_own = env.has_wrapper_attr("native_spaces")  # `make_env` keeps the spaces as gymnasium.make gives them
     space: Any = env.get_wrapper_attr("native_spaces")[1] if has_own else env.action_space
     low, high = space.low.reshape(-1), space.high.reshape(-1)
-    for name, array, there in (("observations", data.obs, env.observation_space), ("actions", data.actions, space)):
+    for name, array, there in (("observations", rows.obs, env.observation_space), ("actions", rows.actions, space)):
         width = int(np.prod(there.shape or ()))
         if array.shape[1] != width:
             raise InputError(f"{name} are {array.shape[1]} wide, the environment's {width}")
-    actions = 2 * (data.actions - low) / (high - low) - 1
+    actions = 2 * (rows.actions - low) / (high - low) - 1
     outside = np.abs(actions) > 1 + 1e-3
     if outside.any():
         row, column = (int(i) for i in np.argwhere(outside)[0])
-        count, value = outside.any(axis=1).sum(), data.actions[row, column]
+        count, value = outside.any(axis=1).sum(), rows.actions[row, column]
         place = f"transition {row:,}, dimension {column} ({low[column]:.4g} to {high[column]:.4g})"
         raise InputError(f"{count:,} rows have actions outside the bounds, the first {value:.4g} in {place}")
-    data.actions = np.clip(actions, -1 + 1e-5, 1 - 1e-5).astype(np.float32)  # a tanh-Gaussian has no density at +-1
+    # A tanh-Gaussian has no density at +-1.
+    return rows._replace(actions=np.clip(actions, -1 + 1e-5, 1 - 1e-5).astype(np.float32))

@@ -31,7 +31,12 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     if max_episode_steps:
         kwargs["max_episode_steps"] = -1  # the limit goes outside of the action repeat
     try:
-        env = create(env_id, kwargs, render_mode)
+        if render_mode:
+            import_module("utils.failures").prepare_pictures()
+            kwargs["render_mode"] = render_mode
+        env = create(env_id, kwargs)
+        if render_mode:
+            import_module("utils.failures").try_pictures(env)
         space = env.action_space
         if not isinstance(space, spaces.Box):
             raise InputError(f"{type(space).__name__} actions; they must be a continuous Box")
@@ -44,8 +49,6 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
         if not max_episode_steps and (env.spec is None or env.spec.max_episode_steps is None):
             raise InputError("it has no time limit; give --max-episode-steps")
     except Exception as error:
-        from utils.failures import failure
-
         raise failure(error, f"--env-id {env_id!r}") from error
     env = ActionRepeat(env, action_repeat)
     if max_episode_steps:
@@ -56,10 +59,8 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     return Checked(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, number(-1), number(1))))
 
 
-def create(env_id: str, kwargs: dict[str, Any], render_mode: str | None) -> gym.Env:
+def create(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
     """`gymnasium.make`, with everything registered that `env_id` can mean."""
-    if render_mode:
-        return import_module("utils.failures").try_pictures(create, env_id, kwargs | {"render_mode": render_mode})
     for prefix, module in SIMULATORS.items():
         if env_id.startswith(f"expo/{prefix}"):
             import_module(f"utils.{module}")
@@ -71,6 +72,10 @@ def create(env_id: str, kwargs: dict[str, Any], render_mode: str | None) -> gym.
     if hasattr(env.unwrapped, "tmp_xml_file_path"):  # gymnasium-robotics leaves a maze's model file behind
         Path(env.get_wrapper_attr("tmp_xml_file_path")).unlink(missing_ok=True)
     return env
+
+
+def failure(error: Exception, where: str) -> InputError:
+    return import_module("utils.failures").failure(error, where)  # loaded when it is needed
 
 
 class ActionRepeat(gym.Wrapper):
@@ -89,9 +94,10 @@ class ActionRepeat(gym.Wrapper):
         total, success = 0.0, False
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            if np.size(reward) != 1:
-                raise InputError(f"the reward has shape {np.shape(reward)}; one number is needed")
-            total += float(np.asarray(reward).reshape(()))
+            reward = np.asarray(reward)
+            if reward.size != 1:
+                raise InputError(f"the reward has shape {reward.shape}; one number is needed")
+            total += float(reward.reshape(()))
             said = [bool(np.any(info[key])) for key in SUCCESS_KEYS if key in info]
             self.mentioned, success = self.mentioned or bool(said), success or any(said)
             if terminated or truncated:
@@ -129,8 +135,6 @@ class Checked(gym.Wrapper):
                 raise InputError(f"the reward is {rest[0]}")
             return obs, *rest
         except Exception as error:
-            from utils.failures import failure
-
             name = self.spec.id if self.spec else type(self.unwrapped).__name__
             moment = f"step {self.steps} of an episode" if self.steps else "reset"
             raise failure(error, f"environment {name!r}, {moment}") from error

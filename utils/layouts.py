@@ -1,4 +1,4 @@
-"""Readers of Minari's, robomimic's and OGBench's layouts. Each returns flat arrays under D4RL's keys.
+"""Minari's, robomimic's and OGBench's layouts as flat arrays under D4RL's keys.
 
 One row is one step with its successor (`next_observations`), and `ends` marks the last row of every episode.
 """
@@ -17,13 +17,6 @@ from utils.arrays import Arrays, numbers
 from utils.tasks import OBS_KEYS
 
 
-def read(file: Any, kind: str, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:
-    """The flat arrays of an open file that is not of D4RL's layout."""
-    if kind == "npz":
-        return read_ogbench(file)
-    return read_robomimic(file["data"], env, obs_keys) if "data" in file else read_minari(file, env)
-
-
 def read_ogbench(file: Any) -> Arrays:
     """OGBench's play data. Its `terminals` mark the last row of a trajectory, which is there for its observation only.
 
@@ -38,8 +31,8 @@ def read_ogbench(file: Any) -> Arrays:
     return arrays | {"next_observations": following, "rewards": zeros, "terminals": zeros, "ends": last[rows + 1]}
 
 
-def read_minari(file: h5py.File, env: gym.Env | None) -> Arrays:
-    """Minari's layout: an episode of T steps has T + 1 observations."""
+def read_minari(file: Any, env: gym.Env | None) -> Arrays:
+    """Minari's layout: an episode of T steps has T + 1 observations, and may have T + 1 values of success."""
     episodes = []
     for group in numbered(file, "episode_"):
         episode = {"actions": numbers(group, "actions")}
@@ -47,16 +40,14 @@ def read_minari(file: h5py.File, env: gym.Env | None) -> Arrays:
         obs = minari_observations(group, env, steps + 1)
         episode |= {"observations": obs[:-1], "next_observations": obs[1:], "rewards": numbers(group, "rewards", steps)}
         episode["terminals"] = numbers(group, "terminations", steps)
-        for key in ("infos/success", "infos/is_success", "infos/goal_achieved"):
-            if key in group and "infos/success" not in episode:
-                episode["infos/success"] = numbers(group, key).reshape(-1)[
-                    -steps:
-                ]  # of T + 1, the first is the reset's
+        for key in ("infos/goal_achieved", "infos/is_success", "infos/success"):  # the last one counts
+            if key in group:
+                episode["infos/success"] = numbers(group, key).reshape(-1)[-steps:]
         episodes.append(episode)
     return join(episodes)
 
 
-def minari_observations(group: h5py.Group, env: gym.Env | None, rows: int) -> np.ndarray:
+def minari_observations(group: Any, env: gym.Env | None, rows: int) -> np.ndarray:
     """Observations (rows, O) of an episode. Those of a Dict space are joined as Gymnasium flattens the environment's.
 
     Without an environment they are joined by name, which is the order of a space that was made from a plain dict.
@@ -69,8 +60,7 @@ def minari_observations(group: h5py.Group, env: gym.Env | None, rows: int) -> np
     names.sort(
         key=lambda name: [[int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)] for n in name.split("/")]
     )
-    space: Any = env.get_wrapper_attr("native_spaces")[0] if env and env.has_wrapper_attr("native_spaces") else None
-    order = leaves(space) if isinstance(space, gym.spaces.Dict) else names
+    order = leaves(env.get_wrapper_attr("native_spaces")[0]) if env and env.has_wrapper_attr("native_spaces") else names
     names = order if set(order) == set(names) else names
     return np.concatenate([numbers(item, name, rows).reshape(rows, -1) for name in names], axis=1)
 
@@ -84,36 +74,34 @@ def leaves(space: gym.Space, path: str = "") -> list[str]:
 
 def read_robomimic(data: Any, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:
     """robomimic's layout. A row is terminal where it is done *and* successful; done alone is a time limit."""
-    if not isinstance(data, h5py.Group):
-        raise InputError("'data' is an array; robomimic's layout has a group there")
     if env is not None and env.has_wrapper_attr("check_recording"):
         env.get_wrapper_attr("check_recording")(json.loads(data.attrs.get("env_args", "{}")))
-    episodes, demos = [], numbered(data, "demo_")
+    episodes, demos, obs_keys = [], numbered(data, "demo_"), obs_keys or OBS_KEYS
     successors = ["next_obs"] if all("next_obs" in demo for demo in demos) else []  # else the last row of each has none
     for demo in demos:
         if "obs" not in demo and "states" in demo:
             raise InputError(f"{demo.name} has states but no observations; run robomimic's dataset_states_to_obs.py")
         episode = {"actions": numbers(demo, "actions")}
         steps = len(episode["actions"])
-        episode["rewards"], dones = numbers(demo, "rewards", steps), numbers(demo, "dones", steps)
         for name, group in zip(("observations", "next_observations"), ("obs", *successors), strict=False):
-            missing = [key for key in obs_keys or OBS_KEYS if key not in demo[group]]
-            if missing:
-                known = ", ".join(sorted(demo[group]))
-                raise InputError(f"{demo.name}/{group} has no {missing[0]!r}; choose --obs-keys from: {known[:300]}")
-            parts = [numbers(demo[group], key, steps).reshape(steps, -1) for key in obs_keys or OBS_KEYS]
-            episode[name] = np.concatenate(parts, axis=1)
-        episode["infos/success"] = episode["rewards"].reshape(steps, -1).max(axis=1) > 0
-        episode["terminals"] = episode["infos/success"] & (dones.reshape(steps, -1).max(axis=1) > 0)
-        episodes.append(episode)
+            for key in obs_keys:
+                if key not in demo[group]:
+                    known = ", ".join(sorted(demo[group]))[:300]
+                    raise InputError(f"{demo.name}/{group} has no {key!r}; choose --obs-keys from: {known}")
+            columns = [numbers(demo[group], key, steps).reshape(steps, -1) for key in obs_keys]
+            episode[name] = np.concatenate(columns, axis=1)
+        episode["rewards"] = numbers(demo, "rewards", steps)
+        success = episode["rewards"].reshape(steps, -1).max(axis=1) > 0
+        done = numbers(demo, "dones", steps).reshape(steps, -1).max(axis=1) > 0
+        episodes.append(episode | {"infos/success": success, "terminals": success & done})
     return join(episodes)
 
 
-def numbered(parent: Any, prefix: str) -> list[h5py.Group]:
+def numbered(parent: Any, prefix: str) -> list[Any]:
     """The groups prefix0, prefix1, ... of a file, in the order of their numbers."""
     keys = [key for key in parent if re.fullmatch(rf"{prefix}\d+", key) and isinstance(parent[key], h5py.Group)]
     if not keys:
-        raise InputError(f"has no {prefix}0, {prefix}1, ...")
+        raise InputError(f"has no groups {prefix}0, {prefix}1, ...")
     return [parent[key] for key in sorted(keys, key=lambda key: int(key.removeprefix(prefix)))]
 
 

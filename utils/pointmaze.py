@@ -6,6 +6,7 @@ and stops there. Every episode has a speed of its own, and the actions carry cor
 
 import collections
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -43,7 +44,7 @@ def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> Arrays:
     grid = np.array([list(row) for row in MAZES[maze].split()])
     start, goal = (tuple(map(int, np.argwhere(grid == letter)[0])) for letter in "rg")
     cells = [(int(row), int(col)) for row, col in np.argwhere(grid == "0")]
-    rows = collections.defaultdict(list)
+    rows: list[tuple[Any, ...]] = []
     for episode in range(num_episodes):
         obs, _ = env.reset(seed=(seed * 1_000_003 + episode) % 2**31)
         target = cells[rng.integers(len(cells))] if rng.random() < 0.2 else goal
@@ -66,12 +67,11 @@ def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> Arrays:
             action = np.clip(0.6 * (desired - velocity) + 0.6 * noise, -1, 1).astype(np.float32)
             next_obs, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated
-            row = {"observations": obs, "actions": action, "rewards": np.float32(reward), "next_observations": next_obs}
-            row |= {"terminals": terminated, "timeouts": truncated and not terminated, "infos/success": info["success"]}
-            for key, value in row.items():
-                rows[key].append(value)
+            flags = terminated, truncated and not terminated, info["success"]
+            rows.append((obs, action, np.float32(reward), next_obs, *flags))
             obs = next_obs
-    return {key: np.array(values) for key, values in rows.items()}
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "infos/success")
+    return {key: np.array(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
 
 
 def shortest_path(grid: np.ndarray, start: tuple[int, ...], goal: tuple[int, ...], rng: np.random.Generator) -> list:
@@ -85,6 +85,6 @@ def shortest_path(grid: np.ndarray, start: tuple[int, ...], goal: tuple[int, ...
                 previous[neighbor] = cell
                 queue.append(neighbor)
     path = [goal]
-    while previous[path[-1]] != start:
-        path.append(previous[path[-1]])
-    return path[::-1]
+    while previous[path[0]] != start:
+        path.insert(0, previous[path[0]])
+    return path

@@ -8,34 +8,33 @@ from utils.arrays import Dataset
 
 def find_problems(data: Dataset, env: gym.Env | None = None) -> list[str]:
     """What a user should know before training on `data`, one line each; empty if nothing stands out."""
-    problems = []
-    lengths = data.episodes[:, 1] - data.episodes[:, 0]
+    rows, lengths, problems = data.rows, data.episodes[:, 1] - data.episodes[:, 0], []
     limit = env.spec.max_episode_steps if env is not None and env.spec else None
     if limit and lengths.max() > limit:
         count = (lengths > limit).sum()
         problems.append(f"{count:,} episodes have more steps than the limit of {limit}, up to {lengths.max():,}")
-    if len(lengths) == 1 and len(data.obs) > 1:
+    if len(lengths) == 1 and len(rows.obs) > 1:
         problems.append("one single episode: are the 'timeouts' missing?")
     if (lengths == 1).any():
         problems.append(f"{(lengths == 1).sum():,} episodes of one transition")
-    steps = np.abs(data.next_obs - data.obs)
-    steps[data.terminations > 0] = 0
+    steps = np.abs(rows.next_obs - rows.obs)
+    steps[rows.terminations > 0] = 0
     usual = np.quantile(steps, 0.95, axis=0)  # within an episode, simulators seldom exceed five times this
-    jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(data.obs, axis=0))  # other dimensions hardly ever change
+    jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(rows.obs, axis=0))  # other dimensions hardly ever change
     if jumps.any():
         place = (jumps * steps / (usual + 1e-30)).max(axis=0).argmax()
         size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
         problems.append(f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?")
-    still = (steps.max(axis=1) == 0) & (data.terminations == 0)
+    still = (steps.max(axis=1) == 0) & (rows.terminations == 0)
     if still.mean() > 0.01:
         problems.append(f"{still.sum():,} transitions do not change the observation")
-    if np.ptp(data.rewards) == 0:
-        problems.append(f"every reward is {data.rewards[0]:g}")
-    for name, array in (("observation", data.obs), ("action", data.actions)):
+    if np.ptp(rows.rewards) == 0:
+        problems.append(f"every reward is {rows.rewards[0]:g}")
+    for name, array in (("observation", rows.obs), ("action", rows.actions)):
         constant = np.flatnonzero(np.ptp(array, axis=0) == 0)
         if len(constant):
             problems.append(f"constant {name} dimensions: {', '.join(map(str, constant))}")
-    if np.abs(data.actions).max() > 1:
+    if np.abs(rows.actions).max() > 1:
         problems.append("actions beyond +-1, which is right only if the environment's bounds are wider")
     if data.success is not None and not data.success.any():
         problems.append("no successful episode")

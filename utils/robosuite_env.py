@@ -40,12 +40,12 @@ class Robosuite(gym.Env):
         width = len(self._observation(self.env.reset()))
         self.observation_space = spaces.Box(-np.inf, np.inf, (width,), np.float64)
 
-    def _observation(self, parts: dict[str, np.ndarray]) -> np.ndarray:
+    def _observation(self, parts: Arrays) -> np.ndarray:
         """The chosen keys side by side; robomimic calls robosuite's "object-state" plain "object"."""
         parts = {**parts, "object": parts["object-state"]}
-        missing = [key for key in self.obs_keys if key not in parts]
-        if missing:
-            raise InputError(f"robosuite has no observation {missing[0]!r}; --obs-keys are: {', '.join(sorted(parts))}")
+        for key in self.obs_keys:
+            if key not in parts:
+                raise InputError(f"robosuite has no observation {key!r}; --obs-keys are: {', '.join(sorted(parts))}")
         return np.concatenate([np.atleast_1d(parts[key]) for key in self.obs_keys])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -89,10 +89,8 @@ class Robosuite(gym.Env):
         starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
         first = np.repeat(before[starts], np.diff([*starts, len(ends)]))
         keep = (before - first) == 0
-        cut = {key: value[keep] for key, value in arrays.items()}
-        cut["terminals"] = success[keep]
-        cut["ends"] = (ends | success)[keep]
-        return cut | {"rewards": success[keep].astype(np.float32)}
+        arrays = arrays | {"rewards": success.astype(np.float32), "terminals": success, "ends": ends | success}
+        return {key: value[keep] for key, value in arrays.items()}
 
 
 for _name, _robosuite in (("Lift", "Lift"), ("Can", "PickPlaceCan"), ("Square", "NutAssemblySquare")):

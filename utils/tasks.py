@@ -41,12 +41,11 @@ MAZES = {  # rows from the top; 1 wall, r start, g goal
     "111111111111",
 }
 
-# The quickstart is ours, and sized for a laptop without a GPU: small networks and few samples make a step cheap.
+# The quickstart is ours, and sized for a laptop without a GPU. Networks this small gain little from a second thread.
 QUICKSTART = (
     dict(hidden_dim=64, hidden_layers=2, base_hidden_dim=64, base_blocks=1, base_expansion=2, num_critics=4)
     | dict(utd_ratio=4, batch_size=128, num_base_samples=4, num_edit_samples=4, denoising_steps=5)
-    | dict(total_timesteps=600, eval_every=100, eval_episodes=20, log_every=50, checkpoint_every=500)
-    | dict(threads=1)  # networks this small gain little from a second thread
+    | dict(total_timesteps=600, eval_every=100, eval_episodes=20, log_every=50, checkpoint_every=500, threads=1)
     # Imitation and critics learn from the demonstrations first: success falls to 0 while untrained critics choose.
     | dict(pretrain_steps=3_000, offline_steps=1_500, learning_starts=0)
     # 10 at the goal, 0 before it. With -1 per step, the critics prefer what they do not know yet. One action changes a
@@ -181,7 +180,7 @@ def read_flags(default: T, argv: list[str], description: str | None) -> T:
     try:
         with contextlib.redirect_stderr(box):
             whole: Any = make_dataclass("Flags", [(f"part{i}", group) for i, group in enumerate(groups)])
-            answer = tyro.cli(tyro.conf.OmitArgPrefixes[whole], args=argv, description=description)
+            answer = tyro.cli(whole, args=argv, description=description, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -195,7 +194,7 @@ def check_flags(flags: dict[str, Any]) -> None:
     """Raises InputError for values that would fail late, or silently."""
     low = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(("reward_scale", "reward_shift"), -1e30)
     low |= dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9)
-    high = dict.fromkeys(SHARES, 1) | dict(edit_scale=2, seed=2**31 - 1, num_min_critics=flags.get("num_critics"))
+    high = dict.fromkeys(SHARES, 1) | dict(edit_scale=2, seed=2**31 - 1, num_min_critics=flags.get("num_critics", 1))
     for name, value in flags.items():
         least, most = low.get(name, 0), high.get(name, 1e30)
         if isinstance(value, int | float) and not least <= value <= most:
