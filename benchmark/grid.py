@@ -1,288 +1,170 @@
-"""A grid: methods x variants x tasks x seeds from a TOML file, and how one run of it is started, continued, stopped.
+"""A grid of runs (methods x variants x tasks x seeds) in a TOML file, and how one of its runs is done."""
 
-docs/benchmark.md has an example of the file.
-"""
-
-import contextlib
-import difflib
 import itertools
+import json
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError
-from utils.files import locked, reason
-from utils.logger import read_record
+from utils import InputError
+from utils.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS, RESULTS = ROOT / "runs" / "grids", ROOT / "benchmark" / "results"
-
-# Key of a grid file -> whether it must be there, what its values are, and that in words.
-KEYS: dict[str, tuple[bool, type, type | None, str]] = {
-    "tasks": (True, list, str, "a list of names from `python -m utils.data list`"),
-    "seeds": (True, list, int, "a list of whole numbers from 0 on"),
-    "methods": (True, dict, str, 'a table of name = "script.py --flags"'),
-    "variants": (False, dict, str, 'a table of name = "--flags"'),
-    "flags": (False, str, None, "a text of flags for every run"),
-    "task_flags": (False, dict, str, 'a table of task = "--flags"'),
-}
-OWN_FLAGS = {"--task", "--seed", "--run-dir", "--resume"}  # the grid gives them
+KEYS: dict[str, type] = dict(tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict)
+GIVEN = {"--task", "--seed", "--run-dir", "--resume"}  # flags that the grid itself gives to every run
+# Flags that change nothing of what is compared, and flags that a longer or finer continuation of a run may change.
+NEUTRAL = {"--run-dir", "--resume", "--threads", "--device", "--compile", "--track", "--save-model", "--capture-video"}
+LONGER = {"--total-timesteps", "--eval-every", "--eval-episodes", "--log-every", "--checkpoint-every"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of a grid.
+    """One run of a grid: its command without the folder, where it works, and where its results are kept."""
 
-    Attributes:
-        task: its task.
-        method: its method, with the variant behind a "+" where there are any.
-        seed: its seed.
-        command: the script and its flags, without the run's folder.
-        run_dir: where it works. Beside it lie its .log, why it .failed, its Slurm .job, and those, .old1
-            and on, that could not be continued.
-        result_dir: gets what tables and curves need, once it has ended well.
-    """
-
-    task: str
-    method: str
-    seed: int
+    name: str  # task/method/seedN
     command: tuple[str, ...]
     run_dir: Path
     result_dir: Path
 
-    @property
-    def name(self) -> str:
-        return f"{self.task}/{self.method}/seed{self.seed}"
-
     def beside(self, ending: str) -> Path:
-        """The file of that ending beside the run's folder."""
+        """A file beside the run's folder: .log, .failed, or .job (of Slurm)."""
         return self.run_dir.with_name(self.run_dir.name + ending)
 
-    def made(self, record: dict[str, Any]) -> bool:
-        """Whether an args.json is of a run of this command, whatever the order of its flags."""
-        changed = {flag for resume in record.get("resumes", []) for flag in resume.get("changed", ())}
-        if changed & {"total_timesteps", "eval_every", "eval_episodes", "log_every"}:
-            return False
-        script, *words = record.get("command") or [""]
-        flags = flag_values(words)
-        flags.pop("--run-dir", None)
-        return script == Path(self.command[0]).name and flags == flag_values(self.command[1:])
+    def made(self, record: dict[str, Any], ignored: set[str]) -> bool:
+        """Whether an args.json is of a run of this command, but for the `ignored` flags."""
+        words = itertools.chain(*(start["command"] for start in record.get("starts", [])))
+        flags, wanted = flag_values(words), flag_values(self.command)
+        return all(flags.get(key) == wanted.get(key) for key in (flags | wanted).keys() - ignored)
 
 
 def flag_values(words: Iterable[str]) -> dict[str, list[str]]:
-    """Flag -> its values; of a flag given twice, the last."""
+    """Flag -> its values; of a flag given twice, the last ones."""
     found: dict[str, list[str]] = {}
     flag = ""
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            found[flag] = [value] if equals else []
-        else:
-            found.setdefault(flag, []).append(word)
+            found[flag := flag.replace("_", "-")] = [value] if equals else []
+        elif flag:
+            found[flag].append(word)
     return found
 
 
-def read_grid(path: Path, only: str = "", runs: Path = RUNS, results: Path = RESULTS) -> list[Run]:
-    """The runs of a grid file, seed by seed, so that a grid that was stopped early is still a fair comparison.
-
-    Args:
-        path: the TOML file.
-        only: just the runs with this text in their name (task/method/seedN).
-        runs: their folders are made under it.
-        results: their results are kept under it.
-
-    Raises:
-        InputError: what is wrong with the file.
-    """
-    grid = _checked(path)
-    methods = {}
-    for (method, command), (variant, flags) in itertools.product(
-        grid["methods"].items(), (grid.get("variants") or {"": ""}).items()
-    ):
-        script, *own_flags = _words(path, command)
-        methods[f"{method}+{variant}" if variant else method] = script, own_flags + _words(path, flags)
-    found = []
-    for seed, task, (method, (script, own_flags)) in itertools.product(grid["seeds"], grid["tasks"], methods.items()):
-        shared = _words(path, f"{grid.get('flags', '')} {grid.get('task_flags', {}).get(task, '')}")
-        command = (script, "--task", task, "--seed", str(seed), *shared, *own_flags)  # of a flag given twice, the last
-        place = Path(path.stem, task, method, f"seed{seed}")
-        run = Run(task, method, seed, command, runs / place, results / place)
-        if only in run.name:
-            found.append(run)
-    if not found:
+def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[Run]:
+    """The runs of a grid whose name (task/method/seedN) contains `only`; docs/benchmark.md has an example of a grid."""
+    try:
+        grid = tomllib.loads(path.read_text())
+        for key, value in grid.items():
+            if not isinstance(value, KEYS.get(key, ())):
+                raise ValueError(f"{key!r} is unknown, or of a wrong type (known: {', '.join(KEYS)})")
+        seeds, methods, tasks = grid["seeds"], grid["methods"], grid.get("tasks", [""])
+        if unknown := (set(tasks) | set(grid.get("task_flags", {}))) - {"", *TASKS}:
+            raise ValueError(f"unknown task {unknown.pop()!r} (known: {', '.join(TASKS)})")
+        found = []  # seed by seed, so that a grid that was stopped early is still a fair comparison
+        for seed, task, (method, words), (variant, more) in itertools.product(
+            seeds, tasks, methods.items(), grid.get("variants", {"": ""}).items()
+        ):
+            script, *own = shlex.split(words)
+            if not (ROOT / script).is_file():
+                raise ValueError(f"method {method!r}: there is no script {script!r} in {ROOT}")
+            # Of a flag given twice the last one counts: the more special flags come later.
+            shared = f"{grid.get('flags', '')} {grid.get('task_flags', {}).get(task, '')}"
+            flags = [*shlex.split(shared), *own, *shlex.split(more)]
+            if given := GIVEN & flag_values(flags).keys():
+                raise ValueError(f"method {method!r}: the grid itself gives {given.pop()}")
+            # Without a task the flags say --env-id.
+            place = task or "".join(flag_values(flags).get("--env-id", ["no-task"])).replace("/", "_")
+            full_name = f"{method}+{variant}" if variant else method
+            folder = Path(path.stem, place, full_name, f"seed{seed}")
+            command = (script, *(("--task", task) if task else ()), "--seed", str(seed), *flags)
+            found.append(Run(f"{place}/{full_name}/seed{seed}", command, runs_dir / folder, results_dir / folder))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: {f'{error} is missing' if isinstance(error, KeyError) else error}") from None
+    if not (found := [run for run in found if only in run.name]):
         raise InputError(f"{path} has no run with {only!r} in its name (task/method/seedN)")
     return found
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """The content of a grid file, every value of the right kind."""
-    from utils.tasks import TASKS  # loads torch and gymnasium
-
+def one_line_errors(main: Callable[..., Any], *args: Any) -> None:
+    """Calls a program's main function. Bad input is one line and exit code 2, as in the scripts."""
     try:
-        grid = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); a grid is a file like those in benchmark/grids"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not TOML: {reason(error)}") from None
-    for key in grid:
-        if key not in KEYS:
-            close = difflib.get_close_matches(key, KEYS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{path}: unknown key {key!r}{hint} (known: {', '.join(KEYS)})")
-    for key, (needed, kind, inner, words) in KEYS.items():
-        if key not in grid:
-            if needed:
-                raise InputError(f"{path}: {key!r} is missing; it must be {words}")
-            continue
-        value: Any = grid[key]
-        values = value.values() if isinstance(value, dict) else value
-        fits = type(value) is kind and (value or not needed) and (not inner or all(type(v) is inner for v in values))
-        if not fits or (inner is int and min(value) < 0):
-            raise InputError(f"{path}: {key!r} must be {words}")
-        if kind is list and len(set(value)) < len(value):
-            raise InputError(f"{path}: {key!r} names something twice")
-    for task in [*grid["tasks"], *grid.get("task_flags", {})]:
-        if task not in TASKS:
-            close = difflib.get_close_matches(task, TASKS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{path}: unknown task {task!r}{hint} (`python -m utils.data list` shows all)")
-    for name in [*grid["methods"], *grid.get("variants", {})]:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise InputError(f"{path}: {name!r} names a folder: letters, digits and _ . - only")
-    for method, command in grid["methods"].items():
-        script = next(iter(_words(path, command)), "")
-        if not script.endswith(".py") or not (ROOT / script).is_file():
-            raise InputError(f"{path}: method {method!r}: there is no script {script!r} in {ROOT}")
-    return grid
+        main(*args)
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _words(path: Path, flags: str) -> list[str]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """The args.json in a folder; {} where there is none."""
     try:
-        words = shlex.split(flags)
-    except ValueError as error:
-        raise InputError(f"{path}: {flags!r}: {error}") from None
-    own = OWN_FLAGS & {flag.replace("_", "-") for flag in flag_values(words)}
-    if own:
-        raise InputError(f"{path}: {flags!r}: {own.pop()} is given by the grid itself")
-    return words
-
-
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """The args.json in a folder; {} where there is none, or a damaged one."""
-    try:
-        return read_record(run_dir)
-    except InputError:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
         return {}
 
 
 class Work:
-    """One run being done: a call starts or continues it, waits, and keeps its results. For a thread or a Slurm job.
+    """One run being done, in a thread or in a Slurm job. A call starts or continues it and keeps its results."""
 
-    Args:
-        run: the run.
-        gpu: what its CUDA_VISIBLE_DEVICES is; None leaves it as it is.
-    """
-
-    def __init__(self, run: Run, gpu: str | None = None):
-        self.run, self.gpu = run, gpu
+    def __init__(self, run: Run):
+        self.run, self.gpu, self.stopped = run, "", False
         self.process: subprocess.Popen[bytes] | None = None
-        self.stopped = False
 
-    def __call__(self) -> None:
-        failure = self.run.beside(".failed")
+    def __call__(self) -> str:
+        """Returns why the run failed, or an empty text. The same text is in its .failed file."""
         try:
-            error = self._do()
-        except (OSError, InputError) as problem:
-            error = reason(problem)
-        with contextlib.suppress(OSError):
-            failure.write_text(error) if error and not self.stopped else failure.unlink(missing_ok=True)
+            problem = self.do()
+        except OSError as error:
+            problem = str(error)
+        if not self.stopped:
+            failed = self.run.beside(".failed")
+            failed.write_text(problem) if problem else failed.unlink(missing_ok=True)
+        return problem
 
-    def _do(self) -> str:
-        """Does what is left of the run; returns "" or why it failed."""
-        run_dir = self.run.run_dir
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        if run_dir.exists():
-            try:
-                with locked(run_dir, wait=False):
-                    record = record_of(run_dir)
-            except BlockingIOError:
-                return f"{run_dir} is still being written by another process; stop that one first"
-            if self.run.made(record):
-                if record.get("finished") is not None:
-                    return self._keep()
-                if any(run_dir.glob("checkpoint*.pt")):
-                    code, said = self._start("--resume")
-                    # Anew only if the folder holds nothing to go on from: all else may be the machine's fault.
-                    if not re.search(r"^error: .*(no checkpoint to go on from|has lost rows)", said, re.M):
-                        return self._end(code, said)
-            old = next(path for i in itertools.count(1) if not (path := self.run.beside(f".old{i}")).exists())
-            os.replace(run_dir, old)
-        return self._end(*self._start("--run-dir"))
-
-    def _folder(self) -> str:
-        """The run's folder as its script is told: seen from the repository if it lies there."""
-        run_dir = self.run.run_dir
-        return str(run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir)
-
-    def _start(self, flag: str) -> tuple[int, str]:
-        """Starts the script and waits; returns its exit code and what it said."""
-        if self.stopped:
-            return 130, "stopped before it began"
-        words = [sys.executable, *self.run.command, flag, self._folder()]
-        env = os.environ | ({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})
-        with open(self.run.beside(".log"), "ab") as file:
-            begin = file.tell()
-            # A session of its own: Ctrl-C in the terminal reaches only us, so that a run gets one signal and not two.
-            # SIGUSR2 is Slurm's word before a time limit, and meant for us as well: blocked signals are inherited.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-            self.process = subprocess.Popen(
-                words, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
-        if self.stopped:  # meanwhile
+    def do(self) -> str:
+        run_dir, log, result_dir = self.run.run_dir, self.run.beside(".log"), self.run.result_dir
+        log.parent.mkdir(parents=True, exist_ok=True)
+        goes_on = (run_dir / "args.json").exists()
+        if goes_on and not self.run.made(read_record(run_dir), NEUTRAL | LONGER):
+            return f"{run_dir} was made with other flags than the grid has now; delete it to start it anew"
+        words = [sys.executable, *self.run.command, "--resume" if goes_on else "--run-dir", str(run_dir)]
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})
+        # Slurm's warning before a time limit, SIGUSR2, is for us. A process inherits which signals are blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        with open(log, "ab") as file:  # a session of its own: Ctrl-C reaches only us, so that a run gets one signal
+            self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        if self.stopped:  # in the meantime
             self.process.terminate()
-        code = self.process.wait()
-        return code, self.run.beside(".log").read_bytes()[begin:].decode(errors="replace")
-
-    def _end(self, code: int, said: str) -> str:
-        if code == 0:
-            return self._keep()
-        lines = said.replace("\r", "\n").strip().splitlines()
-        return f"exit code {code}: {lines[-1] if lines else 'no output'} ({self.run.beside('.log')})"
-
-    def _keep(self) -> str:
-        """Copies the results, all or nothing."""
-        part = self.run.result_dir.with_name(self.run.result_dir.name + ".part")
+        if code := self.process.wait():
+            lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+            return f"exit code {code}: {lines[-1] if lines else 'no output'} ({log})"
+        part = result_dir.with_name(f"{result_dir.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name in ("metrics.csv", "args.json"):
-            shutil.copy(self.run.run_dir / name, part / name)
-        os.replace(part, self.run.result_dir)
+            shutil.copy(run_dir / name, part / name)
+        os.replace(part, result_dir)  # both files or none
         return ""
 
     def stop(self) -> None:
-        """Asks the script to save its state and to end; the call then returns."""
+        """Asks the script to finish its episode, to save, and to end. The call then returns."""
         self.stopped = True
         if self.process is not None:
             self.process.terminate()
 
     def checkpoint(self) -> Any:
-        """What submitit calls before a time limit or a preemption: the script saves and ends, the job is requeued."""
+        """submitit calls this before a time limit or a preemption: the script saves, and the job is queued again."""
         import submitit  # pyright: ignore[reportMissingImports]
 
         self.stop()
-        if self.process is not None:
-            with contextlib.suppress(ChildProcessError):  # not `wait`: the interrupted call is in it and holds its lock
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        if self.process is not None:  # not `wait`: the call that this interrupts is inside it and holds its lock
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(Work(self.run))

@@ -1,18 +1,17 @@
 """Measures how long an update takes, and which of its parts takes how long.
 
-    python benchmark/throughput.py --task antmaze-umaze                                  # the published sizes
-    python benchmark/throughput.py --task pointmaze-medium --naive                       # and the obvious way beside it
-    python benchmark/throughput.py --task antmaze-umaze --against /path/to/other/checkout
-    python benchmark/throughput.py --task antmaze-umaze --against-flags "--matmul-precision medium" --differences
+    python benchmark/throughput.py --task antmaze-umaze --naive       # the published sizes, and the obvious way beside
+    python benchmark/throughput.py --task antmaze-umaze --against /path/to/another/checkout
+    python benchmark/throughput.py --task antmaze-umaze --against-flags="--matmul-precision medium" --differences
 
 All flags that are not listed below go to the script. Every time is a median after a warm-up. A machine is often shared,
-so a ratio that was measured in alternation says more than seconds. FLOP are those of the matrix products.
+so a ratio that was measured in alternation says more than seconds.
 """
 
-import copy
+import contextlib
+import functools
 import importlib
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -23,20 +22,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
-import numpy as np
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
+from benchmark.grid import ROOT, one_line_errors
 from benchmark.naive import NaiveExpo
 from utils import InputError
 from utils.envs import make_env
 from utils.tasks import parse_args
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -45,188 +42,138 @@ class Options:
 
     script: Literal["expo_diffusion", "expo_flow", "expo_finetune"] = "expo_diffusion"
     repeats: int = 5  # measurements of everything
-    rows: int = 100_000  # rows of random data to draw batches from
+    cpu_time: bool = False  # count CPU time: with one thread, other programs then disturb less
     naive: bool = False  # also measure benchmark/naive.py: the same update, written the obvious way
-    against: str = ""  # another checkout of this repository: both are measured in turn, `repeats` times
-    against_flags: str = ""  # flags for the other side alone; without --against, the other side is this checkout
-    differences: bool = False  # also compare losses and gradients of one update under both sets of flags
+    against: str = ""  # another checkout of this repository, measured in alternation with this one
+    against_flags: str = ""  # more flags for the other side; without --against, the other side is this checkout
+    differences: bool = False  # also compare the losses and gradients of both sides, after one update
     json: str = ""  # also write everything to this file
 
 
-def measure(script: Any, args: Any, dims: tuple[int, int], options: Options) -> dict[str, Any]:
-    """Median seconds of an update, of its parts, and of one action; FLOP of the parts."""
-    agent, optimizers, buffer = start(script, args, dims, options.rows)
-    device = buffer.fields.obs.device
-    batch = draw(buffer, args)
-    last, obs = script.Batch(*(field[-1] for field in batch)), batch.obs[0, :1]
-    functions: dict[str, Callable[[], Any]] = {
-        "update": lambda: script.update(agent, optimizers, draw(buffer, args)),
-        "action": lambda: agent.on_the_fly_actions(obs),
-        "candidates": lambda: script.next_candidates(agent, batch.next_obs),
-        "chain": lambda: script.next_candidates(without_edits, batch.next_obs),
-        "ranking": lambda: agent.td_target(last, candidates),
-        "critic": lambda: critic_step(script, agent, optimizers, last, candidates),
-        "base": lambda: script.update_base_policy(agent, optimizers, last.obs, last.actions),
-    }
-    if args.num_edit_samples:
-        functions["edit"] = lambda: edit_step(script, agent, optimizers, last)
-    without_edits, candidates = no_edits(agent), script.next_candidates(agent, batch.next_obs)[-1]
-    flop = {name: count_flop(function) for name, function in functions.items()}  # torch.compile would hide them
-    if args.compile:
-        for name in ("on_the_fly_actions", "base_actions", "with_edits", "critic_loss", "edit_policy_loss"):
-            setattr(agent, name, torch.compile(getattr(agent, name), options={"fallback_random": True}))
-        without_edits = no_edits(agent)
-    begin = time.perf_counter()
-    functions["update"]()
-    functions["action"]()
-    first = time.perf_counter() - begin
-    if options.naive:
-        naive = NaiveExpo(script, *dims, args, device)
-        functions["naive"] = lambda: naive.update(draw(buffer, args))
-        functions["naive action"] = lambda: naive.best_actions(obs, naive.target_base_policy)
-    seconds = median_times(functions, options.repeats, device)
-    found = {"update_s": seconds["update"], "action_s": seconds["action"], "first_s": first}
-    found |= {"naive_s": seconds.get("naive"), "naive_action_s": seconds.get("naive action")}
-    return found | {"parts_s": parts(seconds, args.utd_ratio), "parts_flop": parts(flop, args.utd_ratio)}
+class Side:
+    """An agent with optimizers and a buffer of random rows."""
+
+    def __init__(self, script: Any, args: Any, dims: tuple[int, int], rows: int = 100_000):
+        self.script, self.args = script, args
+        self.configure()
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        torch.manual_seed(args.seed)
+        obs, next_obs = torch.randn(2, rows, dims[0])
+        data = obs, 2 * torch.rand(rows, dims[1]) - 1, torch.randn(rows), next_obs, torch.zeros(rows)
+        self.agent = script.Agent(*dims, args).to(device)
+        self.optimizers, self.buffer = script.Optimizers(self.agent, args), script.ReplayBuffer(data, 1, device)
+        self.obs = self.buffer.fields.obs[:1]
+        if args.compile:
+            for name in ("on_the_fly_actions", "base_actions", "with_edits", "critic_loss", "edit_policy_loss"):
+                setattr(self.agent, name, torch.compile(getattr(self.agent, name), options={"fallback_random": True}))
+
+    def configure(self) -> None:
+        """Settings of the whole process, as in the script's `main`."""
+        torch.set_float32_matmul_precision(self.args.matmul_precision)
+        torch.set_num_threads(self.args.threads or torch.get_num_threads())
+
+    def draw(self) -> Any:
+        return self.buffer.draw(1.0, self.args.utd_ratio, self.args.batch_size)
+
+    def update(self) -> dict[str, torch.Tensor]:
+        self.configure()
+        return self.script.update(self.agent, self.optimizers, self.draw())
+
+    def action(self) -> torch.Tensor:
+        self.configure()
+        return self.agent.on_the_fly_actions(self.obs)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of the parts of one update. With --compile the ranking is inside the critic's part."""
+        seconds: dict[str, float] = dict.fromkeys(("chain", "edits", "ranking", "base", "edit"), 0.0)
+
+        def timed(function: Callable[..., Any], part: str, *args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            result = function(*args, **kwargs)
+            if part != "edit step" or args[0] in (self.optimizers.edit, self.optimizers.alpha):
+                seconds[part.split()[0]] += clock() - begin
+            return result
+
+        names = {"base_actions": "chain", "with_edits": "edits", "td_target": "ranking", "edit_policy_loss": "edit"}
+        places = [(self.agent, name, part) for name, part in names.items()]
+        places += [(self.script, "update_base_policy", "base"), (self.script, "gradient_step", "edit step")]
+        with contextlib.ExitStack() as stack:
+            for owner, name, part in places:
+                timer = functools.partial(timed, getattr(owner, name), part)
+                stack.enter_context(mock.patch.object(owner, name, timer))
+            begin = clock()
+            self.update()
+            return seconds | {"critic": clock() - begin - sum(seconds.values())}
 
 
-def start(script: Any, args: Any, dims: tuple[int, int], rows: int) -> tuple[Any, Any, Any]:
-    """Agent, optimizers, and a buffer of random rows, with the random state of --seed."""
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    rng = np.random.default_rng(0)
-    shapes = (rows, dims[0]), (rows, dims[1]), (rows,), (rows, dims[0])
-    obs, actions, rewards, next_obs = (rng.standard_normal(shape, np.float32) for shape in shapes)
-    data = obs, actions.clip(-1, 1), rewards, next_obs, np.zeros(rows, np.float32)
-    torch.manual_seed(args.seed)
-    agent = script.Agent(*dims, args).to(device)
-    return agent, script.Optimizers(agent, args), script.ReplayBuffer(data, 1, device)
+def clock(cpu_time: bool = False) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() if cpu_time else time.perf_counter()
 
 
-def draw(buffer: Any, args: Any) -> Any:
-    """A batch (U, B, ...) of one environment step."""
-    return buffer.draw(args.offline_ratio, args.utd_ratio, args.batch_size)
-
-
-def no_edits(agent: Any) -> Any:
-    """The same agent, of which `next_candidates` runs the chain alone."""
-    agent = copy.copy(agent)
-    agent.with_edits = lambda obs, base_actions: base_actions
-    return agent
-
-
-def critic_step(script: Any, agent: Any, optimizers: Any, rows: Any, candidates: Any) -> None:
-    """One of the U steps of `update`."""
-    loss, _ = agent.critic_loss(rows, candidates)
-    script.gradient_step(optimizers.critic, loss)
-    script.move_towards(agent.target_critic, agent.critic, agent.args.tau)
-
-
-def edit_step(script: Any, agent: Any, optimizers: Any, rows: Any) -> None:
-    """The steps of edit policy and temperature in `update`."""
-    loss, entropy, _ = agent.edit_policy_loss(rows)
-    script.gradient_step(optimizers.edit, loss)
-    script.gradient_step(optimizers.alpha, agent.log_alpha.exp() * (entropy.detach() - agent.target_entropy))
-
-
-def count_flop(function: Callable[[], Any]) -> float:
-    """FLOP of the matrix products, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return float(counter.get_total_flops())
-
-
-def parts(values: dict[str, float], utd_ratio: int) -> dict[str, float]:
-    """Every part's share of one `update`, from what one call of each function takes."""
-    return {
-        "chain": values["chain"],
-        "edits": max(values["candidates"] - values["chain"], 0.0),
-        "ranking": values["ranking"] * utd_ratio,
-        "critic": max(values["critic"] - values["ranking"], 0.0) * utd_ratio,
-        "base": values["base"],
-        "edit": values.get("edit", 0.0),
-    }
-
-
-def median_times(functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of every function. They are called in turn, `repeats` times after a warm-up."""
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
+def measure(functions: dict[str, Callable[[], Any]], options: Options) -> dict[str, list[float]]:
+    """Seconds of every function, several times. They are called in turn, after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for repeat in range(options.repeats + 1):
         for name, function in functions.items():
-            count, begin = 0, clock()
-            while count == 0 or (repeat and clock() - begin < 0.05):  # one short call would measure the clock
+            count, begin = 0, clock(options.cpu_time)
+            # A single short call would measure the clock.
+            while count == 0 or (repeat and clock(options.cpu_time) - begin < 0.1):
                 function()
                 count += 1
             if repeat:
-                seconds[name].append((clock() - begin) / count)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append((clock(options.cpu_time) - begin) / count)
+    return seconds
 
 
-def table(found: dict[str, Any]) -> str:
-    """What `measure` found, in Markdown."""
-    lines = ["| part | ms | share | GFLOP | GFLOP/s |", "|---|---|---|---|---|"]
-    total, update = sum(found["parts_s"].values()), found["update_s"]
-    for name, seconds in found["parts_s"].items():
-        flop = found["parts_flop"][name] / 1e9
-        speed = flop / seconds if seconds else 0
-        lines.append(f"| {name} | {1e3 * seconds:,.1f} | {seconds / total:.0%} | {flop:,.2f} | {speed:,.0f} |")
-    lines += [f"| **update** | {1e3 * update:,.1f} | | {sum(found['parts_flop'].values()) / 1e9:,.2f} | |", ""]
-    lines += [f"one action: {1e3 * found['action_s']:.2f} ms; first update and action: {found['first_s']:.1f} s"]
-    if found["naive_s"]:
-        action = f"one action: {1e3 * found['naive_action_s']:.2f} ms"
-        lines.append(f"the obvious way: {1e3 * found['naive_s']:,.1f} ms, {found['naive_s'] / update:.2f} x; {action}")
-    return "\n".join(lines)
+def alone(side: Side, dims: tuple[int, int], options: Options) -> dict[str, Any]:
+    """Measures and prints the update, its parts, one action, and the naive implementation if it is asked for."""
+    functions: dict[str, Callable[[], Any]] = {"update": side.update, "action": side.action}
+    if options.naive:
+        naive = NaiveExpo(side.script, *dims, side.args, side.obs.device)
+        functions["naive"] = lambda: naive.update(side.draw())
+        functions["naive action"] = lambda: naive.best_actions(side.obs, naive.target_base_policy)
+    seconds = {name: statistics.median(values) for name, values in measure(functions, options).items()}
+    update, rounds = seconds["update"], [side.parts() for _ in range(options.repeats)]
+    parts = {name: statistics.median([found[name] for found in rounds]) for name in rounds[0]}
+    print("| part | ms | share |\n|---|---|---|")
+    for name, value in parts.items():
+        print(f"| {name} | {1e3 * value:,.1f} | {value / sum(parts.values()):.0%} |")
+    print(f"| **update** | {1e3 * update:,.1f} | |\n\none action: {1e3 * seconds['action']:.2f} ms")
+    if options.naive:
+        action = f"one action: {1e3 * seconds['naive action']:.2f} ms"
+        print(f"the obvious way: {1e3 * seconds['naive']:,.1f} ms, {seconds['naive'] / update:.2f} x; {action}")
+    return {"update_s": update, "action_s": seconds["action"], "seconds": seconds, "parts_s": parts}
 
 
-def compare(options: Options, words: list[str]) -> dict[str, Any]:
-    """Measures this checkout ("here") and the other side ("there") in turn, each time in a process of its own."""
-    there = [*words, *shlex.split(options.against_flags)]
-    sides = {"there": (Path(options.against or ROOT), there), "here": (ROOT, words)}
-    seconds: dict[str, dict[str, list[float]]] = {key: {side: [] for side in sides} for key in ("update", "action")}
+def checkouts(options: Options, words: list[str]) -> dict[str, list[float]]:
+    """Measures this checkout and another one in turn, each time with its own throughput.py in a process of its own."""
+    sides = {"there": (Path(options.against).resolve(), [*words, *shlex.split(options.against_flags)])}
+    sides["here"] = ROOT, words
+    seconds: dict[str, list[float]] = {f"{key} {side}": [] for key in ("update", "action") for side in sides}
     with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(options.repeats):
-            for side, (checkout, flags) in list(sides.items())[:: -1 if repeat % 2 else 1]:
-                program, file = checkout.resolve() / "benchmark" / "throughput.py", Path(folder) / "found.json"
-                command = [sys.executable, str(program), "--script", options.script, "--repeats", "2"]
-                command += ["--json", str(file), *flags]
-                done = subprocess.run(command, capture_output=True, text=True, cwd=program.parent.parent)
-                if done.returncode:
-                    said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-                    raise InputError(f"{shlex.join(command)} ended with exit code {done.returncode}: {said}")
-                found = json.loads(file.read_text())
-                for key, values in seconds.items():
-                    values[side].append(found[f"{key}_s"])
-    ratios = {}
-    for key, values in seconds.items():
-        here, there = statistics.median(values["here"]), statistics.median(values["there"])
-        pairs = sorted(a / b for a, b in zip(values["here"], values["there"], strict=True))
-        ratios[key] = here / there
-        text = f"{key}: here {1e3 * here:,.2f} ms, there {1e3 * there:,.2f} ms; here / there {here / there:.3f} "
-        print(f"{text}(pairs {pairs[0]:.3f} to {pairs[-1]:.3f}), there / here {there / here:.3f}")
-    return {"seconds": seconds, "here_over_there": ratios}
+        for side, (root, flags) in list(sides.items()) * options.repeats:
+            command = [sys.executable, str(root / "benchmark" / "throughput.py"), "--script", options.script]
+            command += ["--repeats", "2", "--json", f"{folder}/found.json", *flags]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+            if done.returncode:
+                raise InputError(f"{shlex.join(command)} failed: {(done.stderr.splitlines() or ['nothing'])[-1]}")
+            found = json.loads(Path(folder, "found.json").read_text())
+            for key in ("update", "action"):
+                seconds[f"{key} {side}"].append(found[f"{key}_s"])
+    return seconds
 
 
-def differences(script: Any, sides: list[Any], dims: tuple[int, int]) -> dict[str, float]:
+def differences(*sides: Side) -> dict[str, float]:
     """Largest relative difference of the losses, and of the last gradients, after one update with the same draws."""
-    found: list[dict[str, dict[str, torch.Tensor]]] = []
-    for args in sides:
-        agent, optimizers, buffer = start(script, args, dims, 10_000)
-        info = script.update(agent, optimizers, draw(buffer, args))
-        losses = {key: value for key, value in info.items() if key.startswith("losses/")}
-        gradients = {name: value.grad for name, value in agent.named_parameters() if value.grad is not None}
-        found.append({"losses": losses, "gradients": gradients})
-    one, other = found
-    return {
-        kind: max(((other[kind][key] - value).norm() / value.norm()).item() for key, value in one[kind].items())
-        for kind in one
-    }
+    losses, gradients = [], []
+    for side in sides:
+        torch.manual_seed(side.args.seed)
+        losses.append([value for key, value in side.update().items() if key.startswith("losses/")])
+        gradients.append([value.grad for value in side.agent.parameters() if value.grad is not None])
+    pairs = {"losses": zip(*losses, strict=True), "gradients": zip(*gradients, strict=True)}
+    return {name: max(((b - a).norm() / a.norm()).item() for a, b in both) for name, both in pairs.items()}
 
 
 def main() -> None:
@@ -235,31 +182,33 @@ def main() -> None:
     script = importlib.import_module(options.script)
     args = parse_args(script.Args, argv=words)
     env = make_env(args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys)
-    dims = env.observation_space.shape[0], env.action_space.shape[0]  # pyright: ignore[reportOptionalSubscript]
-    sizes = f"O {dims[0]}, A {dims[1]}, U {args.utd_ratio}, B {args.batch_size}"
-    threads = args.threads or torch.get_num_threads()
-    print(f"{options.script}, {args.task or args.env_id}: {sizes}, {threads} threads")
-    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
+    dims: Any = (*(env.observation_space.shape or ()), *(env.action_space.shape or ()))
+    here = Side(script, args, dims)
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
-    result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "cpu": cpu, "cpus": os.cpu_count()}
-    result |= {"threads": threads, "instructions": torch.backends.cpu.get_cpu_capability()}
-    if options.differences:
-        other = parse_args(script.Args, argv=[*words, *shlex.split(options.against_flags)])
-        result["differences"] = differences(script, [args, other], dims)
-        print("largest relative difference: " + ", ".join(f"{k} {v:.1e}" for k, v in result["differences"].items()))
-    if options.against or options.against_flags:
-        result |= compare(options, words)
+    machine = f"{here.obs.device}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
+    result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "machine": machine}
+    print(f"{options.script}, {args.task or args.env_id}: O {dims[0]}, A {dims[1]}, on {machine}")
+    if options.against:
+        result["seconds"] = checkouts(options, words)
+    elif options.against_flags:
+        there = Side(script, parse_args(script.Args, argv=[*words, *shlex.split(options.against_flags)]), dims)
+        if options.differences:
+            result["differences"] = differences(here, there)
+            print(f"largest relative difference after one update: {result['differences']}")
+        functions = {"update there": there.update, "update here": here.update}
+        result["seconds"] = measure(functions | {"action there": there.action, "action here": here.action}, options)
     else:
-        found = measure(script, args, dims, options)
-        print(table(found))
-        result |= found
+        result |= alone(here, dims, options)
+    for key in ("update", "action") if options.against or options.against_flags else ():
+        lists: Any = [result["seconds"][f"{key} {side}"] for side in ("here", "there")]
+        ours, theirs = map(statistics.median, lists)
+        pairs = sorted(a / b for a, b in zip(*lists, strict=True))
+        text = f"{key}: here {1e3 * ours:,.2f} ms, there {1e3 * theirs:,.2f} ms; here / there {ours / theirs:.3f}"
+        print(f"{text} (pairs from {pairs[0]:.3f} to {pairs[-1]:.3f}), there / here {theirs / ours:.3f}")
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    one_line_errors(main)

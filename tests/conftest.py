@@ -21,24 +21,10 @@ BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
 EVERY_SCRIPT = [*SCRIPTS, *BASELINES]
 
 # A whole run in seconds: --task pointmaze-umaze with everything small.
-TINY_RUN = {
-    "task": "pointmaze-umaze",
-    "total_timesteps": 60,
-    "offline_steps": 20,
-    "max_episode_steps": 20,
-    "eval_every": 30,
-    "eval_episodes": 2,
-    "log_every": 10,
-    "utd_ratio": 2,
-    "batch_size": 16,
-    "hidden_dim": 16,
-    "hidden_layers": 2,
-    "base_hidden_dim": 16,
-    "base_blocks": 1,
-    "denoising_steps": 3,
-    "threads": 1,
-    "device": "cpu",
-}
+TINY_RUN = {"task": "pointmaze-umaze", "total_timesteps": 60, "offline_steps": 20, "max_episode_steps": 20}
+TINY_RUN |= {"eval_every": 30, "eval_episodes": 2, "log_every": 10, "utd_ratio": 2, "batch_size": 16, "threads": 1}
+TINY_RUN |= {"hidden_dim": 16, "hidden_layers": 2, "base_hidden_dim": 16, "base_blocks": 1, "denoising_steps": 3}
+TINY_RUN |= {"device": "cpu"}
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; the scripts would respect it
@@ -116,10 +102,10 @@ def same(module: nn.Module, before: list[Tensor]) -> bool:
     return all(torch.equal(value, old) for value, old in zip(module.state_dict().values(), before, strict=True))
 
 
-def assert_close(module: nn.Module, other: nn.Module, **tolerance: float) -> None:
+def assert_close(module: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-5) -> None:
     """Fails where two modules differ by more than rounding."""
     for value, expected in zip(module.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, **tolerance)
+        torch.testing.assert_close(value, expected, rtol=rtol, atol=atol)
 
 
 def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:

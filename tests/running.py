@@ -1,16 +1,15 @@
-"""Whole runs for the tests: in this process, or in a forked one that dies or is stopped at a chosen event.
+"""Whole runs for the tests: in this process, or in a fork that dies or is stopped at a chosen event.
 
 A fork pays for the imports once. Events are counted, so every death can be repeated, and its moment is known.
 """
 
-import builtins
-import contextlib
 import csv
+import io
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from typing import Any
 import torch
 from conftest import ROOT, TINY_RUN, flags_of
 from gymnasium.wrappers import TimeLimit
-
-from utils.tasks import parse_args
+from torch.utils._pytree import tree_flatten
 
 # Checkpoints, rows of the log, evaluations and episodes all fall on different steps.
 SMALL = {**TINY_RUN, "total_timesteps": 26, "offline_steps": 6, "pretrain_steps": 5, "max_episode_steps": 7}
 SMALL |= {"eval_every": 9, "eval_episodes": 1, "log_every": 6, "checkpoint_every": 4, "learning_starts": 3}
 SMALL |= {"num_critics": 3, "base_hidden_dim": 8, "hidden_dim": 8, "batch_size": 4}
+EVENTS = {"part": 7, "row": 90, "fsync": 14, "replace": 7, "step": 40, "draw": 60}  # about so many are in a small run
 
-Trap = Callable[[dict[str, Any]], None]  # is called in the forked process, with what the script will find as globals
+Trap = Callable[[dict[str, Any]], Any]  # is called in the fork, with what the script will find among its globals
 
 
 def words_for(script: Any, run_dir: Path, **flags: Any) -> list[str]:
@@ -34,11 +33,9 @@ def words_for(script: Any, run_dir: Path, **flags: Any) -> list[str]:
     return flags_of(script, {**SMALL, "run_dir": run_dir, **flags})
 
 
-def run_here(script: Any, words: list[str], **changed: Any) -> None:
-    """The script's main in this process. `changed` sets flags that the command line would refuse."""
+def run_here(script: Any, args: Any) -> None:
+    """The script's main in this process."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    args = parse_args(script.Args, argv=words)
-    vars(args).update(changed)
     try:
         script.main(args)
     finally:
@@ -46,56 +43,19 @@ def run_here(script: Any, words: list[str], **changed: Any) -> None:
             signal.signal(number, handler)
 
 
-def run(script: Any, words: list[str], log: Path, trap: Trap = lambda _: None) -> int:
-    """Exit code of `python script.py *words` in a forked process, or minus the signal that killed it."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code: Any = 99
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        path = str(ROOT / f"{script.__name__.replace('.', '/')}.py")
-        sys.argv, known = [path, *words], {}
+def run(script: Any, words: list[str], log: Path, trap: Trap = lambda _: None) -> int | None:
+    """Exit code of `python script.py *words` in a fork, or minus the signal that killed it."""
+
+    def main() -> None:
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        sys.argv, known = [str(ROOT / f"{script.__name__.replace('.', '/')}.py"), *words], {}
         trap(known)
-        runpy.run_path(path, known, "__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)
+        runpy.run_path(sys.argv[0], known, "__main__")
 
-
-class TornFile:
-    """A file whose every write has two halves, with a call of `between` between them."""
-
-    def __init__(self, file: Any, between: Callable[[], None]):
-        self.file, self.between = file, between
-
-    def write(self, content: Any) -> None:
-        self.file.write(content[: len(content) // 2])
-        self.file.flush()
-        self.between()
-        self.file.write(content[len(content) // 2 :])
-
-    def __enter__(self) -> "TornFile":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-EVENTS = {"part": 7, "row": 90, "fsync": 14, "replace": 7, "step": 40, "draw": 60}  # about so many are in a small run
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def at(kind: str, number: int, act: Callable[[], None]) -> Trap:
@@ -109,20 +69,18 @@ def at(kind: str, number: int, act: Callable[[], None]) -> Trap:
             act()
 
     def trapped(event: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            happens(event)
-            return function(*args, **kwargs)
+        return lambda *args, **kwargs: happens(event) or function(*args, **kwargs)
 
-        return call
-
-    def torn_open(path: Any, mode: str = "r", **kwargs: Any) -> Any:
-        file = builtins.open(path, mode, **kwargs)
-        return TornFile(file, lambda: happens("part" if Path(path).suffix == ".part" else "row"))
+    class TornFile(io.FileIO):
+        def write(self, content: Any) -> int:
+            half = super().write(content[: len(content) // 2])
+            happens("part" if str(self.name).endswith(".part") else "row")
+            return half + super().write(content[half:])
 
     def lay(known: dict[str, Any]) -> None:
-        known["open"] = torn_open
-        owners = {"fsync": (os, "fsync"), "replace": (os, "replace"), "step": (TimeLimit, "step")}
-        for event, (owner, name) in (owners | {"draw": (torch, "randint")}).items():
+        known["open"] = lambda path, mode, **_: TornFile(path, mode)
+        places = (("fsync", os, "fsync"), ("replace", os, "replace"), ("step", TimeLimit, "step"))
+        for event, owner, name in (*places, ("draw", torch, "randint")):
             setattr(owner, name, trapped(event, getattr(owner, name)))
 
     return lay
@@ -130,20 +88,17 @@ def at(kind: str, number: int, act: Callable[[], None]) -> Trap:
 
 def send(*numbers: int) -> Callable[[], None]:
     """Sends signals to its own process."""
-
-    def act() -> None:
-        for number in numbers:
-            os.kill(os.getpid(), number)
-
-    return act
+    return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
 
 
 def read_metrics(run_dir: Path) -> list[tuple[int, str, str]]:
-    """(step, key, value) of every row of metrics.csv, without the seconds."""
+    """(step, key, value) of every row of metrics.csv."""
     with open(run_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file, strict=True))
-    assert all(list(row) == ["step", "seconds", "key", "value"] for row in rows)
-    return [(int(row["step"]), row["key"], row["value"]) for row in rows]
+        header, *rows = csv.reader(file)
+    assert header == ["step", "seconds", "key", "value"]
+    seconds = [float(row[1]) for row in rows]
+    assert seconds == sorted(seconds)
+    return [(int(step), key, value) for step, _, key, value in rows]
 
 
 def values_of(rows: Iterable[tuple[int, str, str]], key: str) -> dict[int, float]:
@@ -160,15 +115,7 @@ def read_state(run_dir: Path) -> dict[str, Any]:
 
 def assert_same(one: Any, other: Any) -> None:
     """Bit for bit, through dicts, lists and tuples."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        one, other = list(one.values()), list(other.values())
-    if isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif torch.is_tensor(one):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-    else:
-        assert one == other
+    (leaves, tree), (others, other_tree) = tree_flatten(one), tree_flatten(other)
+    assert tree == other_tree
+    for a, b in zip(leaves, others, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b

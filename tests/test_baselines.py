@@ -4,6 +4,7 @@ import copy
 import importlib
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import BASELINES, assert_close, make_agent, make_batch, same, snap
 from baselines import diffusion_ql, idql, rlpd
 
 # Three critics, and the minimum over all of them, so that nothing in it is random.
-FIXED = {"num_critics": 3, "num_min_critics": 3, "gamma": 0.9}
+FIXED: Any = {"num_critics": 3, "num_min_critics": 3, "gamma": 0.9}
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -28,7 +29,8 @@ def test_agent_acts_on_any_leading_shape_without_gradient(name):
 def test_update_steps_every_network_and_its_average(name):
     """U steps of critics (and V), one of everything else, and every average moves by its rate after each step."""
     module = importlib.import_module(name)
-    agent, counts = make_agent(module, tau=0.1, **({} if module is rlpd else {"ema_rate": 0.2})), Counter()
+    rates: Any = {"tau": 0.1} if module is rlpd else {"tau": 0.1, "ema_rate": 0.2}
+    agent, counts = make_agent(module, **rates), Counter()
     optimizers, target_critic = module.Optimizers(agent, agent.args), copy.deepcopy(agent.target_critic)
     for part, optimizer in vars(optimizers).items():
         if not part.endswith("decay"):
@@ -61,22 +63,22 @@ def test_update_walks_through_the_slices(name):
         original = getattr(owner, loss)
 
         def watched(rows, *rest):
-            obs = rows.obs if isinstance(rows, module.Batch) else rows
-            (u,) = (u for u in range(3) if torch.equal(obs, batch.obs[u]))
+            u = [torch.equal(getattr(rows, "obs", rows), obs) for obs in batch.obs].index(True)
             order.append((loss, u))
-            if module is diffusion_ql and loss == "critic_loss":  # with the actions of its own next observations
+            if module is diffusion_ql and rest:  # with the actions of its own next observations
                 assert torch.equal(rest[0][:, 0], batch.next_obs[u][:, :2].tanh())
             return original(rows, *rest)
 
         setattr(owner, loss, watched)
 
+    spy(agent, "critic_loss")
+    if module is idql:
+        spy(agent, "value_loss")
+        spy(agent.base_policy, "loss")
+    else:
+        spy(agent, "actor_loss")
     if module is diffusion_ql:
         agent.target_actor.sample = lambda obs: obs[..., :2].tanh()
-    for loss in ("value_loss", "critic_loss", "actor_loss"):
-        if hasattr(agent, loss):
-            spy(agent, loss)
-    if module is idql:
-        spy(agent.base_policy, "loss")
     module.update(agent, module.Optimizers(agent, agent.args), batch)
     losses = ("value_loss", "critic_loss") if module is idql else ("critic_loss",)  # the target follows the new V
     last = "loss" if module is idql else "actor_loss"
@@ -86,24 +88,15 @@ def test_update_walks_through_the_slices(name):
 # ----------------------------------------------------------------------------------------------------------- RLPD
 
 
-@pytest.mark.parametrize("mean, log_std", [(0.0, 0.0), (-0.7, 0.8)])
-def test_rlpd_density_of_the_tanh_gaussian_integrates_to_one(monkeypatch, mean, log_std):
-    actor = make_agent(rlpd).actor
-    noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64).unsqueeze(-1)
-    monkeypatch.setattr(actor, "gaussian", lambda obs: (torch.full_like(obs, mean), torch.full_like(obs, log_std)))
-    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
-    actions, log_prob = actor(torch.zeros_like(noise))
-    assert torch.trapezoid(log_prob.exp(), actions.squeeze(-1)).item() == pytest.approx(1, abs=1e-4)
-    assert torch.equal(actions, (mean + math.exp(log_std) * noise).tanh())
-
-
-def test_rlpd_density_sums_over_dimensions():
-    agent, obs = make_agent(rlpd).double(), torch.randn(50, 3, dtype=torch.float64)
+def test_rlpd_log_prob_equals_torch_distributions():
+    agent, obs = make_agent(rlpd).double(), torch.randn(500, 3, dtype=torch.float64)
     torch.nn.init.constant_(agent.actor.log_std.bias, -2.0)  # where 1 - tanh^2 itself has digits enough
     actions, log_prob = agent.actor(obs)
     mean, log_std = agent.actor.gaussian(obs)
-    slow = torch.distributions.Normal(mean, log_std.exp()).log_prob(torch.atanh(actions)) - torch.log(1 - actions**2)
+    gaussian, u = torch.distributions.Normal(mean, log_std.exp()), torch.atanh(actions)
+    slow = gaussian.log_prob(u) - torch.log(1 - actions**2)
     torch.testing.assert_close(log_prob, slow.sum(-1), atol=1e-5, rtol=1e-5)
+    assert ((u - mean) / log_std.exp()).std().item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("backup_entropy", [False, True])
@@ -149,18 +142,7 @@ def test_rlpd_actor_loss_is_sacs():
     assert loss.item() == pytest.approx(slow, rel=1e-4)
     assert entropy.item() == info["actor/entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-5)
     assert torch.autograd.grad(loss, [agent.log_alpha], allow_unused=True) == (None,)
-
-
-@pytest.mark.parametrize("log_std, rises", [(-4.0, True), (0.0, False)])
-def test_rlpd_temperature_rises_where_the_entropy_is_below_its_target(log_std, rises):
-    agent = make_agent(rlpd, alpha_lr=1e-2)
-    before = agent.log_alpha.item()
-    for layer, bias in ((agent.actor.mean, 0.0), (agent.actor.log_std, log_std)):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(layer.bias, bias)
-    info = rlpd.update(agent, rlpd.Optimizers(agent, agent.args), make_batch(rlpd, 1, 64))
-    assert agent.target_entropy == -1 and (info["actor/entropy"] < -1) == rises
-    assert agent.log_alpha.item() == pytest.approx(before + (1e-2 if rises else -1e-2), abs=1e-4)
+    assert agent.target_entropy == -1
 
 
 def test_rlpd_evaluates_the_mode_and_trains_with_samples():
@@ -170,14 +152,6 @@ def test_rlpd_evaluates_the_mode_and_trains_with_samples():
 
 
 # ----------------------------------------------------------------------------------------------------------- IDQL
-
-
-@pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
-def test_idql_expectile_of_a_fair_coin(expectile):
-    """Of 0 and 1, half of each: expectile (1 - v) = (1 - expectile) v, so v = expectile."""
-    grid = torch.linspace(0, 1, 1001)
-    losses = torch.stack([idql.expectile_loss(torch.tensor([0.0, 1.0]) - v, expectile) for v in grid])
-    assert grid[losses.argmin()].item() == pytest.approx(expectile, abs=2e-3)
 
 
 def test_idql_value_loss_row_by_row():
@@ -206,15 +180,6 @@ def test_idql_critic_loss_of_terminal_and_ordinary_rows():
     targets, qs = [1.0, -1.0 + 0.9 * 10], agent.critic(batch.obs, batch.actions)  # terminal: the reward alone
     slow = sum((qs[e, row].item() - targets[row]) ** 2 for e in range(3) for row in range(2)) / 6
     assert agent.critic_loss(batch)[0].item() == pytest.approx(slow, rel=1e-5)
-
-
-def test_idql_losses_reach_only_their_own_networks():
-    agent, batch = make_agent(idql), make_batch(idql, 8)
-    for loss, own in ((agent.value_loss, "value"), (agent.critic_loss, "critic")):
-        agent.zero_grad()
-        loss(batch)[0].backward()
-        reached = {name.split(".")[0] for name, parameter in agent.named_parameters() if parameter.grad is not None}
-        assert reached == {own}
 
 
 def test_idql_takes_the_best_candidate_of_the_average():
@@ -259,7 +224,7 @@ def test_dql_chain_with_gradient_is_the_same_chain():
 
 def test_dql_actor_loss_by_parts():
     """Imitation minus eta Q in units of its mean size. That unit is a constant: it gets no gradient."""
-    agent, batch, eta = make_agent(diffusion_ql, eta=2.0), make_batch(diffusion_ql, 16), 2.0
+    agent, batch = make_agent(diffusion_ql, eta=2.0), make_batch(diffusion_ql, 16)
     torch.manual_seed(8)
     loss, info = agent.actor_loss(batch)
     gradient = torch.autograd.grad(loss, agent.actor.network.output.weight)[0]
@@ -267,7 +232,7 @@ def test_dql_actor_loss_by_parts():
     imitation = agent.actor.loss(batch.obs, batch.actions) / 2  # a mean over the two action dimensions
     qs = agent.critic(batch.obs, agent.actor.sample_with_gradient(batch.obs)).flatten()
     unit = sum(abs(q) for q in qs.tolist()) / len(qs)
-    expected = imitation - eta * sum(qs) / len(qs) / unit
+    expected = imitation - 2 * sum(qs) / len(qs) / unit
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert info["losses/imitation"].item() == pytest.approx(imitation.item(), rel=1e-5)
     slow = torch.autograd.grad(expected, agent.actor.network.output.weight)[0]
@@ -299,8 +264,12 @@ def test_dql_draws_an_action_with_softmax_of_q():
     assert share == pytest.approx(math.e / (1 + math.e), abs=0.02)
 
 
-def test_dql_cuts_the_gradient_to_its_norm():
-    parameter = torch.nn.Parameter(torch.zeros(2))
+def test_dql_cuts_the_gradient_to_its_norm(monkeypatch):
+    parameter, cut, norms = torch.nn.Parameter(torch.zeros(2)), torch.nn.utils.clip_grad_norm_, []
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     diffusion_ql.clipped_gradient_step(optimizer, (parameter * torch.tensor([30.0, 40.0])).sum(), 5.0)
     torch.testing.assert_close(parameter.data, torch.tensor([-3.0, -4.0]), atol=1e-4, rtol=0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda own, norm: norms.append(norm) or cut(own, norm))
+    agent = make_agent(diffusion_ql, grad_norm=0.7)
+    diffusion_ql.update(agent, diffusion_ql.Optimizers(agent, agent.args), make_batch(diffusion_ql, 3, 8))
+    assert norms == [0.7] * 4  # three steps of the critics, one of the actor

@@ -136,11 +136,13 @@ def test_denoising_network_has_the_published_sizes_and_init(script):
 # --------------------------------------------------------------------------------------------------- edit policy
 
 
-@pytest.mark.parametrize("edit_scale", [0.05, 0.7])
-def test_edit_log_prob_equals_torch_distributions(script, edit_scale):
-    policy = make_agent(script, action_dim=4, edit_scale=edit_scale).edit_policy.double()
-    obs, base_actions = torch.randn(50, 3).double(), torch.rand(50, 4).double() * 2 - 1
+@pytest.mark.parametrize("edit_scale, bias", [(0.05, 0.0), (0.7, 0.0), (0.5, 100.0), (0.5, -100.0)])
+def test_edit_log_prob_equals_torch_distributions(script, edit_scale, bias):
+    """The standard deviation lies between exp(-20) and exp(2), whatever the network says. Some tanh are 1, exactly."""
+    policy = make_agent(script, edit_scale=edit_scale).edit_policy.double()
+    obs, base_actions = torch.randn(500, 3).double(), torch.rand(500, 2).double() * 2 - 1
     with torch.no_grad():
+        policy.log_std.bias += bias
         edits, log_prob = policy(obs, base_actions)
         x = torch.cat([obs, base_actions], -1)
         for layer in policy.layers:
@@ -149,15 +151,15 @@ def test_edit_log_prob_equals_torch_distributions(script, edit_scale):
         distribution = TransformedDistribution(gaussian, [TanhTransform(), AffineTransform(0, edit_scale)])
         inside = (edits.abs() < edit_scale * (1 - 1e-6)).all(-1)  # where torch's inverse tanh is exact
         expected = distribution.log_prob(edits).sum(-1)
-    assert edits.shape == (50, 4) and log_prob.shape == (50,)
-    assert (edits.abs() <= edit_scale).all() and inside.sum() > 30
+    assert edits.shape == (500, 2) and log_prob.shape == (500,) and log_prob.isfinite().all()
+    assert (edits.abs() <= edit_scale).all() and inside.sum() > 100
+    assert bias <= 0 or (edits.abs() == edit_scale).any()
     torch.testing.assert_close(log_prob[inside], expected[inside], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("edit_scale", [0.05, 1.0])
-def test_edit_density_is_the_density_of_the_samples(script, edit_scale):
+def test_edit_density_is_the_density_of_the_samples(script):
     """The density at 100,000 sampled edits, integrated by the trapezoid rule up to each of them, counts them."""
-    policy = make_agent(script, action_dim=1, edit_scale=edit_scale).edit_policy.double()
+    policy = make_agent(script, action_dim=1, edit_scale=0.3).edit_policy.double()
     obs, base_action = torch.randn(3).double(), torch.tensor([0.3]).double()
     with torch.no_grad():
         policy.log_std.bias.fill_(-0.3)
@@ -168,36 +170,3 @@ def test_edit_density_is_the_density_of_the_samples(script, edit_scale):
     integral = np.concatenate([[0], np.cumsum(np.diff(points) * (density[1:] + density[:-1]) / 2)])
     assert integral[-1] == pytest.approx(1, abs=2e-3)
     assert np.abs(integral - np.arange(len(points)) / len(points)).max() < 0.01
-
-
-@pytest.mark.parametrize("bias, clipped", [(100.0, 2.0), (-100.0, -20.0)])
-def test_edit_log_std_is_clipped(script, bias, clipped):
-    policy = make_agent(script, edit_scale=0.5).edit_policy.double()
-    with torch.no_grad():
-        policy.log_std.bias.fill_(bias)
-        for parameter in policy.mean.parameters():
-            parameter.zero_()
-        edits, log_prob = policy(torch.randn(2000, 3).double(), torch.zeros(2000, 2).double())
-        u = torch.atanh((edits / 0.5).clamp(-1 + 1e-15, 1 - 1e-15))
-    assert log_prob.isfinite().all()
-    quartile = 0.6744897501960817 * math.exp(clipped)  # half of a Gaussian lies within .674 standard deviations
-    assert u.abs().median().item() == pytest.approx(quartile, rel=0.1)
-
-
-def test_edit_log_prob_is_finite_where_tanh_saturates(script):
-    policy = make_agent(script, edit_scale=0.1).edit_policy
-    with torch.no_grad():
-        policy.mean.bias.fill_(200.0)
-        edits, log_prob = policy(torch.randn(20, 3), torch.zeros(20, 2))
-    assert torch.equal(edits, torch.full((20, 2), 0.1))
-    assert log_prob.isfinite().all() and (log_prob > 50).all()
-
-
-def test_edit_dropout_acts_in_training_only(script):
-    policy, obs, base_actions = make_agent(script, edit_dropout=0.5).edit_policy, torch.randn(20, 3), torch.randn(20, 2)
-    with torch.no_grad():
-        policy.log_std.bias.fill_(-1000.0)  # almost no noise: what varies is dropout
-        first, second = policy(obs, base_actions)[0], policy(obs, base_actions)[0]
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
-        first, second = policy(obs, base_actions, train=True)[0], policy(obs, base_actions, train=True)[0]
-        assert ((first - second).abs() > 1e-4).any(-1).sum() > 10

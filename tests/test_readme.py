@@ -1,11 +1,35 @@
-"""The README's table of scripts and its two commands are true."""
+"""README and docs are true: the counted lines, the links, and the commands, of which the cheap ones are run."""
 
 import re
+import shlex
 import subprocess
+import sys
 
+import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+from utils.tasks import TASKS
+
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README = PAGES["README.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
+
+
+def commands(page: str) -> list[str]:
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in text.splitlines()) if line]
+
+
+# The commands of results.md belong to commit 1413312, as the page says.
+COMMANDS = sorted({line for page in PAGES if page != "results.md" for line in commands(page)})
+
+
+def start(command: str, cwd) -> str:
+    _, script, *words = shlex.split(command)
+    return subprocess.check_output([sys.executable, ROOT / script, *words], cwd=cwd, text=True)
 
 
 def test_lines_and_changed_lines_are_those_of_the_files():
@@ -13,20 +37,53 @@ def test_lines_and_changed_lines_are_those_of_the_files():
     assert [row[0] for row in rows] == ["expo_diffusion", "expo_flow", "expo_finetune"]
     for script, lines, changed in rows:
         assert int(lines) == len((ROOT / f"{script}.py").read_text().splitlines())
-        command = ["diff", str(ROOT / "expo_diffusion.py"), str(ROOT / f"{script}.py")]
-        diff = subprocess.run(command, capture_output=True, text=True).stdout
+        command = ["diff", "expo_diffusion.py", f"{script}.py"]
+        diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         count = sum(line.startswith(("<", ">")) for line in diff.splitlines())
         assert changed == (str(count) if count else "-")
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
-    assert len(commands) == 2
-    assert commands[0].endswith("python expo_diffusion.py") and commands[1].endswith("python -m pytest")
-    pattern = re.search(r"grep -m 1 '([^']+)' README.md", (ROOT / ".ci" / "run").read_text())
-    assert pattern and [c for c in commands if re.search(pattern[1], c)] == [commands[1]]
+    whole = re.findall(r"^python3 -m venv .*$", README, re.M)
+    assert [line.rpartition("/")[2] for line in whole] == ["python expo_diffusion.py", "python -m pytest"]
+    pattern = re.findall(r"grep -m 1 '([^']+)' README.md", (ROOT / ".ci" / "run").read_text())[0]
+    assert [line for line in whole if re.search(pattern, line)] == [whole[1]]
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else folder / page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", h).replace(" ", "-").lower() for h in headings], link
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_scripts_flags_and_tasks_of_a_command_exist(command):
+    """A flag exists if the script, or the script behind a program of benchmark/, has a field of that name."""
+    for part in command.split("&&"):
+        words = shlex.split(part)
+        scripts = [word for word in words if word.endswith(".py") and "/test_" not in word]
+        source = "".join((ROOT / script).read_text() for script in scripts)
+        source += (ROOT / "expo_finetune.py").read_text() if scripts and scripts[0].startswith("benchmark") else ""
+        flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", part)} - {"help"}
+        if scripts:
+            assert [flag for flag in flags if not re.search(rf"\b{flag}\b", source)] == []
+            assert all(words[i + 1] in TASKS for i, word in enumerate(words) if word == "--task")
+        assert all((ROOT / word).exists() for word in words if word.endswith((".toml", ".txt")) or "/test_" in word)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if re.search("--help|--dry-run|data.py list", line)])
+def test_a_cheap_command_works_as_written(command):
+    assert start(command, ROOT)
+
+
+def test_data_of_ones_own_works_as_data_md_says(tmp_path):
+    (tmp_path / "record.py").write_text(next(block for block in blocks("data.md", "python") if "savez" in block))
+    start(f"python {tmp_path / 'record.py'}", tmp_path)
+    look, _, small = (line for line in commands("data.md") if "my_data.npz" in line)
+    start(look, tmp_path)
+    assert "done: runs" in start(f"{small} --offline-steps 2 --total-timesteps 2 --eval-episodes 1", tmp_path)

@@ -1,12 +1,15 @@
-"""OGBench's play data made at home: the package's own scripted oracles move things about at random.
+"""OGBench's play data made at home: `python tools/data.py generate ogbench-cube-single`.
 
-As in OGBench's play data sets, a trajectory has no task: a planning oracle with temporally correlated noise carries out
-one random target after the other. Written in OGBench's npz layout, with the states that a task's rewards are made from.
+As in OGBench's play data sets, a trajectory has no task. The package's own planning oracle, with temporally correlated
+noise, carries out one random target after the other. The file has OGBench's npz layout, with the states that a task's
+rewards are made from.
 """
 
 import multiprocessing
 import os
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import InputError
-from utils.files import atomic_write, cache_dir
+from utils import InputError
+from utils.arrays import cache_dir
 
 KINDS = {  # the package's env id, and the oracles for the targets that occur in it
     "cube-single": ("cube-single-v0", ("cube",)),
@@ -26,7 +29,7 @@ KINDS = {  # the package's env id, and the oracles for the targets that occur in
 _worker: dict[str, Any] = {}  # a process's own environment and oracles
 
 
-def generate(name: str, episodes: int, seed: int = 0, processes: int = 0, steps: int = 0) -> Path:
+def generate(name: str, episodes: int, seed: int = 0, processes: int = 0, steps: int = 1_000) -> Path:
     """Path of the generated data; made if it is not there, the same for any number of processes.
 
     Args:
@@ -34,7 +37,7 @@ def generate(name: str, episodes: int, seed: int = 0, processes: int = 0, steps:
         episodes: how many trajectories.
         seed: of environment and oracles.
         processes: side by side; 0 takes one per CPU core.
-        steps: transitions of each trajectory; 0 takes 1000, as OGBench.
+        steps: transitions of each trajectory; OGBench has 1000.
     """
     if name not in KINDS:
         raise InputError(f"ogbench-{name} is unknown (known: {', '.join(f'ogbench-{kind}' for kind in KINDS)})")
@@ -42,21 +45,27 @@ def generate(name: str, episodes: int, seed: int = 0, processes: int = 0, steps:
         import ogbench  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("OGBench's oracles need its package: pip install -r requirements-ogbench.txt") from None
-    steps = steps or 1000
     path = cache_dir() / "ogbench" / f"{name}-play-{episodes}x{steps}-seed{seed}.npz"
     if path.exists():
         return path
     processes = min(processes or os.cpu_count() or 1, episodes)
     jobs = [(seed * 1_000_003 + episode, steps) for episode in range(episodes)]
     context = multiprocessing.get_context("spawn")
-    parts = []
-    with context.Pool(processes, _start, (name,)) as pool:
-        results = pool.imap(_episode, jobs)
-        for part in tqdm(results, total=episodes, desc=f"{name}, {processes} processes", unit="episode", disable=None):
-            parts.append(part)
-    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+    label = f"{name}, {processes} processes"
+    try:
+        with ProcessPoolExecutor(processes, context, _start, (name,)) as pool:
+            parts = list(tqdm(pool.map(_episode, jobs), total=episodes, desc=label, unit="episode", disable=None))
+    except BrokenProcessPool:  # a process that cannot make its environment has said why on stderr
+        raise InputError(f"the processes that make ogbench-{name} ended before they were done") from None
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            arrays: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); EXPO_CACHE_DIR names another folder") from None
     return path
 
 

@@ -1,8 +1,7 @@
 """The binary Adroit tasks (pen, door, relocate, hammer) on gymnasium-robotics' hand.
 
-The reward is 1 if the goal is reached after the step, else 0 (the tasks shift it by -1). Only the time limit ends an
-episode, so a success can be lost again. gymnasium-robotics' own dense rewards are not used, because the sign of their
-reach term is wrong in door, relocate and hammer.
+The reward is 1 if the goal is reached after the step, else 0. Only the time limit ends an episode, so a success can be
+lost again. gymnasium-robotics' own dense rewards have a term with the wrong sign in door, relocate and hammer.
 """
 
 import importlib
@@ -40,8 +39,7 @@ class AdroitBinary(gym.Wrapper):
     def relabel(self, arrays: Arrays) -> Arrays:
         """D4RL's arrays with this task's rewards: success after the row's step, recomputed where the file lacks it.
 
-        A dropped pen ends D4RL's episode. Here it does not, because with rewards of -1 it would pay to end. What comes
-        next is not in the file, so that these rows end by time.
+        A dropped pen ends D4RL's episode, but not ours: with rewards of -1 that would pay. Such rows end by time here.
         """
         obs, success = arrays["observations"], arrays.get("infos/success")
         if obs.shape[1] != WIDTHS[self.name]:

@@ -37,12 +37,11 @@ def positions(maze: str, letter: str) -> np.ndarray:
 
 def make_model(maze: str, render_size: int = 480) -> Any:
     """D4RL's ant between the walls of `maze`; goal and walls are drawn, only the walls collide."""
-    assets = Path(gymnasium_mujoco.__file__).parent / "assets"
-    spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
+    spec = mujoco.MjSpec.from_file(str(Path(gymnasium_mujoco.__file__).parent / "assets" / "ant.xml"))
     spec.option.timestep = 0.02
     floor = next(geom for geom in spec.geoms if geom.name == "floor")
-    floor.size, floor.material = [2 * CELL * grid(maze).shape[1]] * 2 + [CELL], ""
-    floor.rgba = [0.6, 0.6, 0.55, 1]
+    side = 2 * CELL * grid(maze).shape[1]
+    floor.size, floor.material, floor.rgba = [side, side, CELL], "", [0.6, 0.6, 0.55, 1]
     for x, y in positions(maze, "1"):
         wall = spec.worldbody.add_geom()
         wall.type, wall.size, wall.pos = mujoco.mjtGeom.mjGEOM_BOX, [CELL / 2, CELL / 2, 1], [x, y, 1]
@@ -50,8 +49,7 @@ def make_model(maze: str, render_size: int = 480) -> Any:
     for geom in spec.geoms:
         geom.solref, geom.solimp[:3] = [0.02, 1], [0.8, 0.8, 0.01]
     for motor in spec.actuators:
-        motor.gear = [1, 0, 0, 0, 0, 0]
-        motor.ctrlrange = [-MAX_TORQUE, MAX_TORQUE]
+        motor.gear, motor.ctrlrange = [1, 0, 0, 0, 0, 0], [-MAX_TORQUE, MAX_TORQUE]
     goal = spec.worldbody.add_site()
     goal.name, goal.type = "goal", mujoco.mjtGeom.mjGEOM_CYLINDER
     goal.size, goal.rgba = [GOAL_RADIUS, 0.5, 0], [0.9, 0.2, 0.2, 1]
@@ -62,11 +60,10 @@ def make_model(maze: str, render_size: int = 480) -> Any:
 
 
 class AntMaze(gymnasium_mujoco.MujocoEnv):
-    """An ant that walks through a maze to a goal it is not shown: the goal is (nearly) the same in every episode.
+    """An ant that walks to a goal it is not shown, because it is (nearly) the same in every episode.
 
-    Observation (29,): torso position (x, y, z) and orientation (w, x, y, z), 8 joint angles, 6 + 8 velocities.
-    Action (8,): torques as shares of 30 N m, for .1 s. Within .5 m of the goal the reward is 1 and the episode ends.
-    Otherwise the reward is 0. A fall does not end the episode.
+    Observation (29,): torso position (3) and orientation (4), 8 joint angles, 6 + 8 velocities. Action (8,): torques,
+    as shares of 30 N m, for .1 s. The reward is 1 at the goal, which ends the episode, else 0. A fall ends nothing.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
@@ -74,9 +71,8 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
     def __init__(self, maze: str, render_mode: str | None = None):
         self.maze, self.goal = maze, np.zeros(2)
         walls = positions(maze, "1")
-        lookat = np.array([*(walls.min(axis=0) + walls.max(axis=0)) / 2, 0])  # the middle of the maze
-        distance = 1.1 * CELL * max(grid(maze).shape)
-        camera = {"distance": distance, "elevation": -80, "azimuth": 90, "lookat": lookat}
+        camera: dict[str, Any] = {"distance": 1.1 * CELL * max(grid(maze).shape), "elevation": -80, "azimuth": 90}
+        camera["lookat"] = np.array([*(walls.min(axis=0) + walls.max(axis=0)) / 2, 0])  # the middle of the maze
         space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
         super().__init__("ant.xml", 5, space, render_mode, default_camera_config=camera)  # 5 steps of .02 s per action
         self.action_space = spaces.Box(-1, 1, (8,), np.float32)

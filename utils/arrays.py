@@ -11,7 +11,7 @@ import numpy as np
 from utils import InputError, reason
 
 Arrays = dict[str, np.ndarray]
-FLAGS = ("rewards", "terminals", "timeouts", "masks", "infos/success", "ends")  # one number a row
+FLAGS = ("rewards", "terminals", "timeouts", "masks", "infos/success", "infos/goal_achieved", "ends")
 
 
 class Transitions(NamedTuple):
@@ -32,6 +32,7 @@ class Dataset:
     dropped: int  # rows of the file that were left out because their successor is not in it
 
 
+@np.errstate(over="ignore")  # too large for float32: `check` finds the infinity
 def numbers(group: Any, key: str, rows: int | None = None) -> np.ndarray:
     """The array `key` of an HDF5 group or npz file, with so many `rows`; floats become float32 while they are read."""
     name = f"{getattr(group, 'name', '')}/{key}".strip("/")
@@ -53,24 +54,20 @@ def numbers(group: Any, key: str, rows: int | None = None) -> np.ndarray:
 
 def check(arrays: Arrays) -> None:
     """Raises InputError for flat arrays that cannot be right; gives flags of shape (n, 1) the shape (n,)."""
-    n = max(arrays["observations"].shape[:1], default=0)
+    wide = arrays["observations"].shape
+    n = max(wide[:1], default=0)
     if n == 0:
         raise InputError("is empty: it has no rows")
     for key, value in arrays.items():
-        if value.shape[:1] != (n,):
-            raise InputError(f"{key!r} has {max(value.shape[:1], default=0):,} rows but 'observations' has {n:,}")
-        wanted = f"({n},) or ({n}, 1)" if key in FLAGS else "(rows, width)"
-        if (value.size != n) if key in FLAGS else (value.ndim != 2 or value.size == 0):
-            raise InputError(f"{key!r} has shape {value.shape}; {wanted} is needed")
+        fits = value.size == n if key in FLAGS else value.ndim == 2 and value.size > 0
+        if value.shape[:1] != (n,) or not fits or (key == "next_observations" and value.shape != wide):
+            wanted = f"({n},) or ({n}, 1)" if key in FLAGS else f"({n}, width)"
+            raise InputError(f"{key!r} has shape {value.shape}; {wanted} is needed, as 'observations' has {wide}")
         bad = ~np.isfinite(value.reshape(n, -1))
         if bad.any():
             row, first = bad.any(axis=1).argmax(), value.reshape(n, -1)[bad][0]
             raise InputError(f"{key!r} has {bad.sum():,} values that are not finite, the first {first} in row {row:,}")
-        if key in FLAGS:
-            arrays[key] = value.reshape(n)
-    shapes = [arrays[key].shape for key in ("observations", "next_observations") if key in arrays]
-    if shapes[0] != shapes[-1]:
-        raise InputError(f"'next_observations' has shape {shapes[1]}, 'observations' {shapes[0]}")
+        arrays[key] = value.reshape(n) if key in FLAGS else value
 
 
 def cache_dir() -> Path:

@@ -2,8 +2,7 @@
 
 D4RL's layout is flat arrays, one row per step, as HDF5 or npz. Minari and robomimic (MimicGen too) have an HDF5 group
 for each episode. OGBench's play data is an npz file without rewards. What is in a file decides how it is read. Every
-layout becomes flat arrays under D4RL's keys, where `ends` marks the last row of each episode. Then all go the same way:
-check, relabel, pair each row with its successor, and compare with the environment.
+layout becomes flat arrays under D4RL's keys, and `ends` marks the last row of each episode. Then all go the same way.
 """
 
 import zipfile
@@ -18,6 +17,7 @@ import numpy as np
 from utils import InputError, reason
 from utils.arrays import Arrays, Dataset, Transitions, check, numbers
 
+REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "masks", "infos/success", "infos/goal_achieved")
 
 
@@ -75,10 +75,11 @@ def find_file(spec: str, env: gym.Env | None = None) -> Path:
         from utils import sources
 
         return sources.find(spec)
-    path = Path(spec).expanduser()
-    path = path / "data" / "main_data.hdf5" if path.is_dir() else path  # Minari's data sets are folders
+    path, missing = Path(spec).expanduser(), "no such file"
+    if path.is_dir():
+        path, missing = path / "data" / "main_data.hdf5", "is a folder without a Minari data set in HDF5 format"
     if not path.exists():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{spec}: {missing}")
     return path
 
 
@@ -89,29 +90,16 @@ def read_file(path: Path, env: gym.Env | None = None, obs_keys: Sequence[str] = 
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
             keys = {str(key).rstrip("0123456789") for key in file}
             if not keys & {"data", "episode_"} and (kind == "HDF5" or keys & {"rewards", *OPTIONAL}):
-                return read_flat(file)
+                return {key: numbers(file, key) for key in (*REQUIRED, *OPTIONAL) if key in file or key in REQUIRED}
             from utils import layouts  # not needed for D4RL's layout
 
-            if kind == "npz":
-                return layouts.read_ogbench(file)
-            return (
-                layouts.read_robomimic(file["data"], env, obs_keys)
-                if "data" in keys
-                else layouts.read_minari(file, env)
-            )
+            if "data" in keys:
+                return layouts.read_robomimic(file["data"], env, obs_keys)
+            return layouts.read_minari(file, env) if "episode_" in keys else layouts.read_ogbench(file)
     except InputError:
         raise
     except Exception as error:  # h5py, zipfile and numpy raise a dozen kinds of exception for a damaged file
         raise InputError(f"not a complete {kind} file ({reason(error)})") from error
-
-
-def read_flat(file: Any) -> Arrays:
-    """D4RL's layout."""
-    arrays = {key: numbers(file, key) for key in ("observations", "actions", "rewards", "terminals")}
-    arrays |= {key: numbers(file, key) for key in OPTIONAL if key in file}
-    if "infos/goal_achieved" in arrays:
-        arrays.setdefault("infos/success", arrays.pop("infos/goal_achieved"))
-    return arrays
 
 
 def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
@@ -122,6 +110,8 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
     """
     check(arrays)
     find_ends(arrays)
+    if "infos/goal_achieved" in arrays:
+        arrays.setdefault("infos/success", arrays.pop("infos/goal_achieved"))
     if relabel is not None:
         arrays = relabel(arrays)
     n, ends, terminals = len(arrays["rewards"]), arrays["ends"], arrays["terminals"].astype(bool)
@@ -145,10 +135,7 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
 
 
 def find_ends(arrays: Arrays) -> None:
-    """Adds `ends` (n,) bool where it is missing: the last row of every episode.
-
-    A terminal row ends its episode, unless the file has time limits and goes on after it, as D4RL's AntMaze does.
-    """
+    """Adds `ends` (n,) bool where it is missing. D4RL's AntMaze goes on after a terminal row: that ends no episode."""
     terminals = arrays["terminals"].astype(bool)
     timeouts = arrays.get("timeouts", np.zeros(len(terminals))).astype(bool)
     if "masks" in arrays:  # OGBench's word for "not terminal": its `terminals` end a trajectory for whatever reason
@@ -166,9 +153,8 @@ def find_ends(arrays: Arrays) -> None:
 
 
 def fit(rows: Transitions, env: gym.Env) -> Transitions:
-    """The rows with actions rescaled from the bounds of `env` to [-1, 1]; an InputError if they do not fit."""
-    has_own = env.has_wrapper_attr("native_spaces")  # `make_env` keeps the spaces as gymnasium.make gives them
-    space: Any = env.get_wrapper_attr("native_spaces")[1] if has_own else env.action_space
+    """The rows with actions rescaled to [-1, 1] from the bounds of `env`, as it was before `make_env` wrapped it."""
+    space: Any = env.get_wrapper_attr("native_spaces")[1] if env.has_wrapper_attr("native_spaces") else env.action_space
     low, high = space.low.reshape(-1), space.high.reshape(-1)
     for name, array, there in (("observations", rows.obs, env.observation_space), ("actions", rows.actions, space)):
         width = int(np.prod(there.shape or ()))

@@ -16,14 +16,13 @@ from utils.tasks import TASKS
 
 # This project's own environments are expo/AntMaze... and so on. Each simulator's module registers its own.
 SIMULATORS = {"AntMaze": "antmaze", "Adroit": "adroit", "OGBench": "ogbench_env", "Robomimic": "robosuite_env"}
-SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
 
 
 def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_keys=(), render_mode=None) -> gym.Env:
     """One environment with observations (O,) float32 and actions (A,) in [-1, 1]; an InputError if that cannot be.
 
-    `task` brings what its environment is made with, such as the map of a maze. `max_episode_steps` counts actions; 0
-    keeps the environment's own limit. `obs_keys` chooses observations where the environment can (robomimic).
+    `task` brings the arguments of its environment, as a maze's map. `max_episode_steps` counts actions, 0 keeps the
+    environment's limit. `obs_keys` chooses observations where the environment can (robomimic).
     """
     kwargs: dict[str, Any] = dict(TASKS[task].env_kwargs) if task in TASKS and TASKS[task].env_id == env_id else {}
     if obs_keys and "obs_keys" in kwargs:
@@ -49,7 +48,7 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
         if not max_episode_steps and (env.spec is None or env.spec.max_episode_steps is None):
             raise InputError("it has no time limit; give --max-episode-steps")
     except Exception as error:
-        raise failure(error, f"--env-id {env_id!r}") from error
+        raise import_module("utils.failures").failure(error, f"--env-id {env_id!r}") from error
     env = ActionRepeat(env, action_repeat)
     if max_episode_steps:
         env = gym.wrappers.TimeLimit(env, max_episode_steps)
@@ -74,35 +73,26 @@ def create(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
     return env
 
 
-def failure(error: Exception, where: str) -> InputError:
-    return import_module("utils.failures").failure(error, where)  # loaded when it is needed
-
-
 class ActionRepeat(gym.Wrapper):
-    """Applies each action `repeat` times, sums the rewards, and stops at the end of an episode.
-
-    An action succeeds if one of its steps does. `info["success"]` is there once the environment has mentioned success:
-    from then on, silence means no.
-    """
+    """Applies each action `repeat` times and sums the rewards. An action succeeds if one of its steps does."""
 
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
-        self.repeat, self.mentioned = repeat, False
+        self.repeat = repeat
         self.native_spaces = env.observation_space, env.action_space
 
     def step(self, action):
-        total, success = 0.0, False
+        total, said = 0.0, []  # whatever the environment says about success
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             reward = np.asarray(reward)
             if reward.size != 1:
                 raise InputError(f"the reward has shape {reward.shape}; one number is needed")
             total += float(reward.reshape(()))
-            said = [bool(np.any(info[key])) for key in SUCCESS_KEYS if key in info]
-            self.mentioned, success = self.mentioned or bool(said), success or any(said)
+            said += [bool(np.any(info[key])) for key in ("success", "is_success", "goal_achieved") if key in info]
             if terminated or truncated:
                 break
-        return obs, total, terminated, truncated, info | {"success": success} if self.mentioned else info
+        return obs, total, terminated, truncated, info | {"success": any(said)} if said else info
 
 
 class Checked(gym.Wrapper):
@@ -125,8 +115,7 @@ class Checked(gym.Wrapper):
         """What `function` of the environment returns: an observation first, and a reward if there are five values."""
         try:
             obs, *rest = function(*args, **kwargs)
-            with np.errstate(over="ignore"):
-                obs = np.asarray(obs, np.float32)
+            obs = np.asarray(obs, np.float32)
             if obs.shape != self.observation_space.shape:
                 raise InputError(f"the observation has shape {obs.shape}, its space {self.observation_space.shape}")
             if not np.isfinite(obs).all():
@@ -137,4 +126,4 @@ class Checked(gym.Wrapper):
         except Exception as error:
             name = self.spec.id if self.spec else type(self.unwrapped).__name__
             moment = f"step {self.steps} of an episode" if self.steps else "reset"
-            raise failure(error, f"environment {name!r}, {moment}") from error
+            raise import_module("utils.failures").failure(error, f"environment {name!r}, {moment}") from error

@@ -1,7 +1,4 @@
-"""Minari's, robomimic's and OGBench's layouts as flat arrays under D4RL's keys.
-
-One row is one step with its successor (`next_observations`), and `ends` marks the last row of every episode.
-"""
+"""Minari's, robomimic's and OGBench's layouts as flat arrays under D4RL's keys, with `ends` and next_observations."""
 
 import json
 import re
@@ -18,15 +15,12 @@ from utils.tasks import OBS_KEYS
 
 
 def read_ogbench(file: Any) -> Arrays:
-    """OGBench's play data. Its `terminals` mark the last row of a trajectory, which is there for its observation only.
-
-    Rewards are 0 until the environment's task relabels the rows, for which it needs the states `qpos` and so on.
-    """
+    """OGBench's play data. Its `terminals` mark a trajectory's last row, which is there for its observation only."""
     last = numbers(file, "terminals").reshape(-1) != 0
     keys = [key for key in ("qpos", "qvel", "button_states") if key in file]
     arrays = {key: numbers(file, key, len(last)) for key in ("observations", "actions", *keys)}
     rows = np.flatnonzero(~last[:-1])
-    following, zeros = arrays["observations"][rows + 1], np.zeros(len(rows), np.float32)
+    following, zeros = arrays["observations"][rows + 1], np.zeros(len(rows), np.float32)  # the task gives the rewards
     arrays = {key: value[rows] for key, value in arrays.items()}
     return arrays | {"next_observations": following, "rewards": zeros, "terminals": zeros, "ends": last[rows + 1]}
 
@@ -48,18 +42,13 @@ def read_minari(file: Any, env: gym.Env | None) -> Arrays:
 
 
 def minari_observations(group: Any, env: gym.Env | None, rows: int) -> np.ndarray:
-    """Observations (rows, O) of an episode. Those of a Dict space are joined as Gymnasium flattens the environment's.
-
-    Without an environment they are joined by name, which is the order of a space that was made from a plain dict.
-    """
+    """Observations (rows, O) of an episode. Those of a Dict space are joined in the environment's order, or by name."""
     item = group.get("observations")
     if not isinstance(item, h5py.Group):
         return numbers(group, "observations", rows)
     names: list[str] = []
     item.visititems(lambda name, child: names.append(name) if isinstance(child, h5py.Dataset) else None)
-    names.sort(
-        key=lambda name: [[int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)] for n in name.split("/")]
-    )
+    names.sort(key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name.replace("/", "\0"))])
     order = leaves(env.get_wrapper_attr("native_spaces")[0]) if env and env.has_wrapper_attr("native_spaces") else names
     names = order if set(order) == set(names) else names
     return np.concatenate([numbers(item, name, rows).reshape(rows, -1) for name in names], axis=1)
@@ -122,10 +111,9 @@ def steps_within_episodes(obs: np.ndarray, terminals: np.ndarray, timeouts: np.n
 
     That can only be told if the time limits in the file show that a reset jumps further. Else it is False.
     """
-    steps = np.abs(np.diff(obs, axis=0))  # (n - 1, O)
-    inside, resets = ~(terminals | timeouts)[:-1], timeouts[:-1]
-    if not inside.any() or not resets.any():
-        return inside
-    longest = steps[inside].max(axis=0) + 1e-9
+    if not timeouts[:-1].any():
+        return ~terminals[:-1]
+    steps, inside = np.abs(np.diff(obs, axis=0)), ~(terminals | timeouts)[:-1]  # (n - 1, O), (n - 1,)
+    longest = steps[inside].max(axis=0, initial=0) + 1e-9
     lengths = (steps / longest).max(axis=1)  # 1: as long as the longest step within an episode
-    return lengths < 1.2 if np.median(lengths[resets]) > 2 else inside
+    return lengths < 1.2 if np.median(lengths[timeouts[:-1]]) > 2 else inside

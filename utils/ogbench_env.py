@@ -1,10 +1,15 @@
 """OGBench's single-task environments, which give rewards to the rows of its play data (requirements-ogbench.txt)."""
 
+import warnings
+from typing import Any
+
 import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
 from utils import InputError
 from utils.arrays import Arrays
+
+warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)  # when the package makes a space
 
 
 class SingleTask(gym.Wrapper):
@@ -18,8 +23,7 @@ class SingleTask(gym.Wrapper):
 
     def close(self) -> None:
         """Frees the renderer too. The package leaves it to the end of the process, when it is too late."""
-        renderer = getattr(self.env.unwrapped, "_renderer", None)
-        if renderer is not None:
+        if (renderer := getattr(self.env.unwrapped, "_renderer", None)) is not None:
             renderer.close()
         super().close()
 
@@ -47,9 +51,8 @@ class SingleTask(gym.Wrapper):
 def make(name: str, render_mode: str | None = None) -> gym.Env:
     import ogbench  # noqa: F401  # pyright: ignore[reportMissingImports]
 
-    spec = gym.spec(name)
-    entry = load_env_creator(str(spec.entry_point))
-    return SingleTask(entry(**spec.kwargs, render_mode=render_mode), name)  # pyright: ignore[reportArgumentType]
+    create: Any = load_env_creator(str(gym.spec(name).entry_point))
+    return SingleTask(create(**gym.spec(name).kwargs, render_mode=render_mode), name)
 
 
 for _name, _limit in (("cube-single", 200), ("cube-double", 500), ("scene", 750), ("puzzle-3x3", 500)):

@@ -6,7 +6,6 @@ and stops there. Every episode has a speed of its own, and the actions carry cor
 
 import collections
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -25,15 +24,13 @@ def demonstrations(name: str, env: gym.Env | None = None, num_episodes: int = 60
     known = [task for task in TASKS if task.startswith("pointmaze-")]
     if name not in known:
         raise InputError(f"generated:{name} is unknown (known: {', '.join(f'generated:{task}' for task in known)})")
-    settings = TASKS[name].settings
-    limit, repeat = settings["max_episode_steps"], settings["action_repeat"]
+    limit, repeat = (TASKS[name].settings[key] for key in ("max_episode_steps", "action_repeat"))
     there = env.get_wrapper_attr("repeat") if env is not None and env.has_wrapper_attr("repeat") else repeat
     if there != repeat:
         raise InputError(f"--action-repeat {there}: generated:{name} was made with {repeat}; its actions are others")
     path = cache_dir() / f"{name}-{num_episodes}x{limit}x{repeat}-seed{seed}.hdf5"
     if not path.exists():
-        maker = make_env(TASKS[name].env_id, name, limit, repeat)
-        arrays = generate(maker, name.removeprefix("pointmaze-"), num_episodes, seed)
+        arrays = generate(make_env(TASKS[name].env_id, name, limit, repeat), name.partition("-")[2], num_episodes, seed)
         write_d4rl(path, arrays, {"task": name, "seed": seed, "num_episodes": num_episodes})
     return path
 
@@ -44,7 +41,7 @@ def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> Arrays:
     grid = np.array([list(row) for row in MAZES[maze].split()])
     start, goal = (tuple(map(int, np.argwhere(grid == letter)[0])) for letter in "rg")
     cells = [(int(row), int(col)) for row, col in np.argwhere(grid == "0")]
-    rows: list[tuple[Any, ...]] = []
+    rows = []
     for episode in range(num_episodes):
         obs, _ = env.reset(seed=(seed * 1_000_003 + episode) % 2**31)
         target = cells[rng.integers(len(cells))] if rng.random() < 0.2 else goal

@@ -11,8 +11,7 @@ def find_problems(data: Dataset, env: gym.Env | None = None) -> list[str]:
     rows, lengths, problems = data.rows, data.episodes[:, 1] - data.episodes[:, 0], []
     limit = env.spec.max_episode_steps if env is not None and env.spec else None
     if limit and lengths.max() > limit:
-        count = (lengths > limit).sum()
-        problems.append(f"{count:,} episodes have more steps than the limit of {limit}, up to {lengths.max():,}")
+        problems.append(f"{(lengths > limit).sum():,} episodes exceed the limit of {limit}, up to {lengths.max():,}")
     if len(lengths) == 1 and len(rows.obs) > 1:
         problems.append("one single episode: are the 'timeouts' missing?")
     if (lengths == 1).any():
@@ -34,8 +33,6 @@ def find_problems(data: Dataset, env: gym.Env | None = None) -> list[str]:
         constant = np.flatnonzero(np.ptp(array, axis=0) == 0)
         if len(constant):
             problems.append(f"constant {name} dimensions: {', '.join(map(str, constant))}")
-    if np.abs(rows.actions).max() > 1:
-        problems.append("actions beyond +-1, which is right only if the environment's bounds are wider")
     if data.success is not None and not data.success.any():
         problems.append("no successful episode")
     return problems

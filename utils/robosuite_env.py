@@ -1,6 +1,6 @@
 """robomimic's tasks (lift, can, square) on robosuite 1.5, with the observations that robomimic's files store.
 
-robosuite needs a Python environment of its own: requirements-robomimic.txt. The first success has reward 1 and ends the
+It needs a virtual environment of its own: requirements-robomimic.txt. The first success has reward 1 and ends the
 episode, because the demonstrations stop soon after it. Any other step has reward 0. An action lasts .05 s.
 """
 
@@ -31,14 +31,11 @@ class Robosuite(gym.Env):
         controller = load_composite_controller_config(robot="Panda")
         self.arm = controller["body_parts"]["right"]
         options = dict(robots="Panda", controller_configs=controller, control_freq=20, reward_shaping=False)
-        options |= dict(use_camera_obs=False, use_object_obs=True, has_renderer=False)
-        options |= dict(has_offscreen_renderer=render_mode is not None)
+        options |= dict(use_camera_obs=False, has_renderer=False, has_offscreen_renderer=render_mode is not None)
         self.env: Any = robosuite.make(name, ignore_done=True, **options)  # the time limit is Gymnasium's
         logging.disable(logging.NOTSET)
-        low, high = self.env.action_spec
-        self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        width = len(self._observation(self.env.reset()))
-        self.observation_space = spaces.Box(-np.inf, np.inf, (width,), np.float64)
+        self.action_space = spaces.Box(*(bound.astype(np.float32) for bound in self.env.action_spec))
+        self.observation_space = spaces.Box(-np.inf, np.inf, self._observation(self.env.reset()).shape, np.float64)
 
     def _observation(self, parts: Arrays) -> np.ndarray:
         """The chosen keys side by side; robomimic calls robosuite's "object-state" plain "object"."""
@@ -77,7 +74,7 @@ class Robosuite(gym.Env):
         controller = settings.get("controller_configs") or {}
         controller = (controller.get("body_parts") or {}).get("right") or controller  # robosuite 1.5, or before
         here = dict(env_name=self.name, control_freq=20, reward_shaping=False, control_delta=True, input_type="delta")
-        here |= {key: self.arm[key] for key in ("kp", "output_max")}
+        here |= dict(kp=self.arm["kp"], output_max=self.arm["output_max"])
         for key, value in (controller | settings | env_args).items():
             if value != here.get(key, value):
                 raise InputError(f"it was recorded with {key} {value}; the task has {here[key]}")
@@ -87,8 +84,7 @@ class Robosuite(gym.Env):
         success, ends = arrays["infos/success"].astype(bool), arrays["ends"]
         before = np.cumsum(success) - success  # successes before this row, those of earlier episodes included
         starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
-        first = np.repeat(before[starts], np.diff([*starts, len(ends)]))
-        keep = (before - first) == 0
+        keep = before == np.repeat(before[starts], np.diff([*starts, len(ends)]))
         arrays = arrays | {"rewards": success.astype(np.float32), "terminals": success, "ends": ends | success}
         return {key: value[keep] for key, value in arrays.items()}
 

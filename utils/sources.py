@@ -9,6 +9,8 @@ from utils.arrays import cache_dir
 
 D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 OGBENCH = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
+FOLDERS = {"d4rl": ("D4RL_DATASET_DIR", ".d4rl/datasets"), "ogbench": ("OGBENCH_DATA_DIR", ".ogbench/data")}
+FOLDERS |= {"minari": ("MINARI_DATASETS_PATH", ".minari/datasets")}
 ROBOMIMIC = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/v1.5/"
 
 
@@ -25,12 +27,10 @@ def d4rl_files() -> dict[str, str]:
     for task in ("halfcheetah", "hopper", "walker2d", "ant"):
         for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
             files[f"{task}-{kind}-v2"] = f"gym_mujoco_v2/{task}_{kind.replace('-', '_')}-v2.hdf5"
-    mazes = {"umaze": ("u-maze", False, False), "umaze-diverse": ("u-maze", True, True)}
-    for size, maze in (("medium", "big-maze"), ("large", "hardest-maze")):
-        mazes |= {f"{size}-play": (maze, True, False), f"{size}-diverse": (maze, True, True)}
-    for name, (maze, starts, goals) in mazes.items():
-        file = f"Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
-        files[f"antmaze-{name}-v2"] = f"ant_maze_v2/{file}"
+    for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+        maze = {"u": "u-maze", "m": "big-maze", "l": "hardest-maze"}[name[0]]
+        flags = f"multistart_{name != 'umaze'}_multigoal_{'diverse' in name}"
+        files[f"antmaze-{name}-v2"] = f"ant_maze_v2/Ant_maze_{maze}_noisy_{flags}_sparse_fixed.hdf5"
     return files
 
 
@@ -43,21 +43,18 @@ def locate(spec: str) -> tuple[Path, str]:
         raise InputError(f"{spec} is unknown (known: {', '.join(files)})")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name.split("/"):
         raise InputError(f"{spec} is no name of a data set (as in minari:D4RL/door/human-v2)")
-    if kind == "d4rl":
-        return folder("D4RL_DATASET_DIR", ".d4rl/datasets") / Path(files[name]).name, D4RL + files[name]
     if kind == "robomimic":
         return cache_dir() / "robomimic" / files[name], ROBOMIMIC + files[name]
+    variable, usual = FOLDERS[kind]
+    folder = Path(os.environ.get(variable) or Path.home() / usual).expanduser()
+    if kind == "d4rl":
+        return folder / Path(files[name]).name, D4RL + files[name]
     if kind == "ogbench":
-        return folder("OGBENCH_DATA_DIR", ".ogbench/data") / f"{name}.npz", f"{OGBENCH}{name}.npz"
-    return folder("MINARI_DATASETS_PATH", ".minari/datasets") / name / "data" / "main_data.hdf5", ""
-
-
-def folder(variable: str, usual: str) -> Path:
-    return Path(os.environ.get(variable) or Path.home() / usual).expanduser()
+        return folder / f"{name}.npz", f"{OGBENCH}{name}.npz"
+    return folder / name / "data" / "main_data.hdf5", ""
 
 
 def find(spec: str) -> Path:
-    """The file of one word; an InputError if it is not on this machine."""
     path, _ = locate(spec)
     if not path.exists():
         raise InputError(f"{spec} is not on this machine ({path}); run: python tools/data.py download {spec}")

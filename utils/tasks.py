@@ -1,26 +1,26 @@
 """The table of tasks, and the command line that lays a task's settings over a script's own defaults."""
 
-# A task is an environment, offline data for it, and values for the flags where the scripts' own defaults
-# (the published ones) do not fit. `--task NAME` takes all three. A flag on the command line still wins.
+# A task is an environment, offline data for it, and values for the flags where the published ones, which are the
+# defaults of the scripts, do not fit it. `--task NAME` takes all three. A flag on the command line still wins.
 
 import contextlib
 import difflib
 import inspect
 import io
 import json
+import os
+import platform
 import re
 import shutil
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module, util
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from utils import InputError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,8 @@ QUICKSTART = (
     # value by a share of 1 - gamma: at .99 this is less than the error of small critics. Hence also the long actions.
     | dict(reward_scale=10.0, gamma=0.96, action_repeat=10)
     # Value travels back by one action in 1 / tau updates. With .02, success on the large maze was 0 for 300 steps.
-    | dict(tau=0.05)
-    | dict(critic_lr=1e-4)  # steadier than 3e-4 in single runs; not compared by itself
-    | dict(ema_rate=0.005)  # the average of 200 updates, because a run has only a few thousand
-    | dict(edit_scale=0.2, init_alpha=0.1)  # found by hand on this maze
+    | dict(tau=0.05, ema_rate=0.005)  # the second averages 200 updates, because a run has only thousands
+    | dict(critic_lr=6e-4, edit_scale=0.2, init_alpha=0.1)  # found on this maze: docs/expo_diffusion.md
 )
 TASKS: dict[str, Task] = {}
 for name, env_name, limit, more, about in (
@@ -92,8 +90,7 @@ for name, about in (
     ("hammer", "a hand drives in a nail"),
 ):
     env_id, data = f"expo/Adroit{name.capitalize()}Binary-v1", (f"d4rl:{name}-human-v1", f"d4rl:{name}-cloned-v1")
-    source = "published, but for fine-tuning and the data"
-    TASKS[f"adroit-{name}-binary"] = Task(env_id, data, about, ADROIT, FINETUNE, source=source)
+    TASKS[f"adroit-{name}-binary"] = Task(env_id, data, about, ADROIT, FINETUNE, source="published, but for the data")
 
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 for name, finetune, more, about in (
@@ -105,27 +102,24 @@ for name, finetune, more, about in (
     env_id, data, kwargs = f"expo/Robomimic{name.capitalize()}-v1", (f"robomimic:{name}/ph",), dict(obs_keys=OBS_KEYS)
     TASKS[f"robomimic-{name}"] = Task(env_id, data, about, settings, finetune, kwargs, source="published")
 
+OGBENCH = dict(edit_scale=0.1, eval_every=25_000, total_timesteps=500_000)  # ours, not tuned
 for name, env_name, about in (
     ("cube-single", "CubeSingle", "an arm moves a cube to its place"),
     ("cube-double", "CubeDouble", "an arm moves two cubes"),
     ("scene", "Scene", "an arm with a cube, buttons, a drawer and a window"),
     ("puzzle-3x3", "Puzzle3x3", "an arm presses 9 linked buttons"),
 ):
-    settings = dict(edit_scale=0.1, eval_every=25_000, total_timesteps=500_000)
-    env_id, data = f"expo/OGBench{env_name}-v0", (f"ogbench:{name}-play-v0",)
-    TASKS[f"ogbench-{name}"] = Task(env_id, data, about, settings, source="ours, not tuned")
-
-# ------------------------------------------------------------------------------------------------------ command line
+    TASKS[f"ogbench-{name}"] = Task(f"expo/OGBench{env_name}-v0", (f"ogbench:{name}-play-v0",), about, OGBENCH)
 
 CHANGEABLE = ("total_timesteps", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "save_model")
 CHANGEABLE += ("capture_video", "track", "threads", "device", "compile")  # by --resume; others make another run
 POSITIVE = ("utd_ratio", "eval_every", "eval_episodes", "log_every", "action_repeat", "num_base_samples", "num_critics")
 POSITIVE += ("num_min_critics", "denoising_steps", "hidden_dim", "hidden_layers", "base_hidden_dim", "base_expansion")
-POSITIVE += ("lr_decay_steps", "num_action_samples")
+POSITIVE += ("lr_decay_steps", "num_action_samples", "checkpoint_every")
 SHARES = ("offline_ratio", "gamma", "tau", "ema_rate", "edit_dropout", "expectile", "heldout_share")
 
 
-def parse_args(cls: type[T], description: str | None = None, argv: list[str] | None = None) -> T:
+def parse_args(cls: type, description: str | None = None, argv: list[str] | None = None) -> Any:
     """An instance of the dataclass `cls` from the command line (or `argv`); an InputError if that would fail later.
 
     The settings of `--task`, or of the task that `cls` names, are laid over the defaults of `cls`. `--task ""`, or
@@ -136,23 +130,27 @@ def parse_args(cls: type[T], description: str | None = None, argv: list[str] | N
     flags, name, run_dir = vars(default), given.get("task"), given.get("resume")
     if given.get("env_id") and not any(word.startswith("--task") for word in argv):
         name = ""
+    flags["task"] = name
     if run_dir:
         try:
-            saved = json.loads((Path(run_dir) / "args.json").read_text())["args"].items()
+            record = json.loads((Path(run_dir) / "args.json").read_text())
+            saved = {key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
+            script, here = record["script"], Path(inspect.getfile(cls)).stem
+            process, same_machine = Path(f"/proc/{record['pid']}/cmdline"), record["host"] == platform.node()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"--resume {run_dir}: no run there; its args.json is missing or damaged") from None
-        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved}
+        if script != here:
+            raise InputError(f"--resume {run_dir} is a run of {script}.py, not of {here}.py")
+        if same_machine and record["pid"] != os.getpid() and process.exists() and script in process.read_text():
+            raise InputError(f"--resume {run_dir}: process {record['pid']} is still writing it; stop that one first")
         flags.update({key: saved[key] for key in flags if key in saved}, resume=run_dir, run_dir=run_dir)
     elif name in TASKS:
-        task = TASKS[name]
-        settings = task.settings | (task.finetune if "pretrained" in flags else {})
+        settings = TASKS[name].settings | (TASKS[name].finetune if "pretrained" in flags else {})
         flags.update({key: settings[key] for key in flags if key in settings})
-        flags.update(task=name, env_id=task.env_id, dataset=task.dataset)
+        flags.update(env_id=TASKS[name].env_id, dataset=TASKS[name].dataset)
     elif name:
         close = "".join(f"; did you mean {word!r}?" for word in difflib.get_close_matches(name, TASKS, 1))
         raise InputError(f"--task {name!r} is unknown{close} (known: {', '.join(TASKS)})")
-    else:
-        flags.update(task="")
     args = read_flags(default, argv, description)
     changed = [f"--{key.replace('_', '-')}" for key in flags if vars(args)[key] != flags[key] and key not in CHANGEABLE]
     if run_dir and changed:
@@ -163,13 +161,10 @@ def parse_args(cls: type[T], description: str | None = None, argv: list[str] | N
     return args
 
 
-def read_flags(default: T, argv: list[str], description: str | None) -> T:
+def read_flags(default: Any, argv: list[str], description: str | None) -> Any:
     """tyro's answer. In --help the flags stand in groups, one for every comment line `# ---- NAME` of the class."""
-    cls, title, parts, lines = type(default), "the flags", {}, []
-    hints = get_type_hints(cls)
-    with contextlib.suppress(OSError):  # a class without a source has no groups
-        lines = inspect.getsource(cls).splitlines()
-    for line in map(str.strip, [*lines, *(f"{name}:" for name in hints)]):
+    hints, parts, title = get_type_hints(type(default)), {}, "the flags"
+    for line in map(str.strip, inspect.getsource(type(default)).splitlines()):
         name, text = line.partition(":")[0], line.partition("  # ")[2]
         title = line.strip("# -") if line.startswith("# ----") else title
         if name in hints:
@@ -187,26 +182,28 @@ def read_flags(default: T, argv: list[str], description: str | None) -> T:
         lines = [re.sub("[│─╭╮╰╯]+", " ", line).strip() for line in box.getvalue().splitlines()[1:]]
         message = "\n".join(lines).partition("\n\n")[0].replace("\n", " ")  # up to the first rule
         raise InputError(f"{message.rstrip('.')} (--help shows all flags)") from None
-    return cls(**{name: value for part in vars(answer).values() for name, value in vars(part).items()})
+    return type(default)(**{name: value for part in vars(answer).values() for name, value in vars(part).items()})
 
 
 def check_flags(flags: dict[str, Any]) -> None:
     """Raises InputError for values that would fail late, or silently."""
-    low = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(("reward_scale", "reward_shift"), -1e30)
-    low |= dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9)
-    high = dict.fromkeys(SHARES, 1) | dict(edit_scale=2, seed=2**31 - 1, num_min_critics=flags.get("num_critics", 1))
+    low = dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9, reward_scale=-1e30, reward_shift=-1e30)
+    high = dict.fromkeys(SHARES, 1) | dict(heldout_share=0.9, edit_scale=2, seed=2**31 - 1)
+    high["num_min_critics"] = flags.get("num_critics", 1)
     for name, value in flags.items():
-        least, most = low.get(name, 0), high.get(name, 1e30)
+        least, most = low.get(name, int(name in POSITIVE)), high.get(name, 1e30)
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most:g}" if value > most else f"at least {least:g}"
             raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
-    given, found, device = flags.get, util.find_spec, flags.get("device", "auto")
+    given, found, cuda = flags.get, util.find_spec, lambda: import_module("torch").cuda.is_available()
     compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
+    run_files = [Path(given("run_dir") or ".", name) for name in ("args.json", "metrics.csv")]
+    holds_run = given("run_dir") and not given("resume") and any(path.exists() for path in run_files)
     for wrong, problem in (
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
+        (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
         (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
-        (device not in ("auto", "cpu", "cuda"), f"--device {device!r} must be auto, cpu or cuda"),
-        (device == "cuda" and not import_module("torch").cuda.is_available(), "--device cuda: torch finds no CUDA"),
+        (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
         (given("compile") and not compiler, "--compile needs a C++ compiler (Debian: apt install g++ python3-dev)"),
         (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
         (given("capture_video") and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),

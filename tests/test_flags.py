@@ -1,0 +1,107 @@
+"""The command line: a task's settings under explicit flags, help in groups, and one line for what is wrong."""
+
+import importlib
+import inspect
+import itertools
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import EVERY_SCRIPT, ROOT
+
+from expo_diffusion import Args
+from utils import InputError
+from utils.tasks import TASKS, parse_args
+
+CLASSES = {name: importlib.import_module(name).Args for name in EVERY_SCRIPT}
+
+
+def parse(line: str, cls: Any = Args) -> Any:
+    return parse_args(cls, "A description.", ["" if word == "EMPTY" else word for word in line.split()])
+
+
+def refused(line: str, cls: Any = Args) -> str:
+    """The one line of what the scripts print before they exit with 2."""
+    with pytest.raises(InputError) as error:
+        parse(line, cls)
+    assert isinstance(error.value, OSError) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("task, name", zip(TASKS, itertools.cycle(EVERY_SCRIPT)))  # every task with one of the scripts
+def test_a_task_lays_its_settings_over_the_defaults(task, name):
+    published, settings = vars(CLASSES[name]()), dict(TASKS[task].settings)
+    if name == "expo_finetune":
+        settings |= TASKS[task].finetune
+    expected = published | {key: value for key, value in settings.items() if key in published}
+    expected |= {"task": task, "env_id": TASKS[task].env_id, "dataset": TASKS[task].dataset}
+    assert vars(parse(f"--task {task}", CLASSES[name])) == expected
+
+
+def test_every_setting_of_a_task_is_a_flag_of_some_script():
+    known = set().union(*(vars(cls()) for cls in CLASSES.values()))
+    assert all(set(task.settings) | set(task.finetune) <= known for task in TASKS.values())
+    assert all(parse("", cls).env_id == TASKS["pointmaze-medium"].env_id for cls in CLASSES.values())
+
+
+@pytest.mark.parametrize("line", ["--task pointmaze-large --utd-ratio 20", "--utd_ratio=20 --task=pointmaze-large"])
+def test_explicit_flags_win(line):
+    """In any order, and even with the published value."""
+    assert Args().utd_ratio == 20 != TASKS["pointmaze-large"].settings["utd_ratio"]
+    assert vars(parse(line)) == vars(parse("--task pointmaze-large")) | {"utd_ratio": 20}
+
+
+@pytest.mark.parametrize("line", ["--env-id Pusher-v5", "--env_id=Pusher-v5", "--task EMPTY --env-id Pusher-v5"])
+def test_without_a_task_the_values_of_the_class_hold(line):
+    expected = Args(task="", env_id="Pusher-v5", dataset=("a.hdf5", "b.hdf5"))
+    assert parse(f"{line} --dataset a.hdf5 b.hdf5") == expected
+
+
+@pytest.mark.parametrize("task", ["", "--task antmaze-umaze"])
+def test_help_shows_groups_and_the_values_of_the_task(task, capsys):
+    titles = re.findall(r"# ---- (.*)", inspect.getsource(Args))
+    with pytest.raises(SystemExit) as stop:
+        parse(f"{task} --help")
+    text = " ".join(re.sub("[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    assert stop.value.code == 0 and "A description." in text
+    assert len(titles) == 4 and sorted(titles, key=lambda title: text.index(f" {title} options --")) == titles
+    for name, value in vars(parse(task)).items():
+        shown = re.search(rf" --{name.replace('_', '-')}(?:,| [A-Z[{{]).*? \(default: (.*?)\)", text)
+        assert shown and shown[1] == (" ".join(value) if isinstance(value, tuple) else str(value) or "''"), name
+
+
+@pytest.mark.parametrize("name", EVERY_SCRIPT)
+def test_every_flag_has_a_help_text(name):
+    source = inspect.getsource(CLASSES[name])
+    for flag in vars(CLASSES[name]()):
+        assert re.search(rf"(?m)^    {flag}: .* = .*  # \S.{{5,}}$", source), flag
+
+
+RANGES = ["utd-ratio 0", "offline-ratio 1.5", "offline-ratio -0.1", "gamma 1.01", "batch-size 1", "num-base-samples 0"]
+RANGES += ["num-edit-samples -1", "edit-scale 0", "total-timesteps -1", "eval-episodes 0", "denoising-steps 0"]
+RANGES += ["critic-lr -1", "reward-scale nan", "reward-shift inf", "num-min-critics 99", "init-alpha 0", "seed -1"]
+RANGES += ["seed 99999999999999999999", "checkpoint-every 0", "log-every 0", "tau nan", "heldout-share 1"]
+WRONG = {f"--{line}": f"--{line.split()[0]} " for line in RANGES}  # flags -> what their message says
+WRONG |= {"--utd-ration 4": "--utd-ration", "--utd-ratio many": "--utd-ratio", "--utd-ratio": "--utd-ratio"}
+WRONG |= {"--seed 1.5": "--seed", "--backup soft": "--backup", "--device tpu": "--device", "--task": "--task"}
+WRONG |= {"pointmaze-umaze": "pointmaze-umaze", "--task pointmaze-mediun": "did you mean 'pointmaze-medium'"}
+WRONG |= {"--task pointmaze-umaze --env-id Pusher-v5": "without --task", "--env-id Pusher-v5": "--dataset is missing"}
+WRONG |= {"--task= --dataset a.hdf5": "--env-id is empty", "--resume /nowhere": "--resume /nowhere"}
+WRONG |= {"--track": "pip install wandb", "--device cuda": "finds no CUDA"}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_cannot_be_is_refused(line, monkeypatch):
+    if line == "--track":
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert WRONG[line] in refused(line, CLASSES["expo_finetune"])
+
+
+def test_a_script_in_its_own_process_ends_with_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, str(ROOT / "baselines" / "rlpd.py"), "--gamma", "2", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"error: --gamma [^\n]+\n", done.stderr)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,28 @@
+"""Commands for people: `python tools/data.py`, `python tools/evaluate.py`. No script imports them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from utils import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message} (--help shows what there is)")
+
+
+def run(main: Callable[[], None]) -> None:
+    """main(), where bad input ends with one line on stderr and exit code 2."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # of `... | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
