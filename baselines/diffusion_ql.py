@@ -2,9 +2,9 @@
 
 Paper: Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning (Wang et al. 2023),
 arXiv 2208.06193. Its code, github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL, is [dql code] below. A bare
-[code] stands in definitions shared with EXPO and means EXPO's.
+[code] stands in definitions shared with EXPO and means EXPO's. Every [ours n] is explained in docs/expo_diffusion.md.
 
-    python baselines/diffusion_ql.py                                   # the maze, as expo_diffusion.py learns it
+    python baselines/diffusion_ql.py                                   # the same maze as expo_diffusion.py
     python baselines/diffusion_ql.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
     python baselines/diffusion_ql.py --env-id Pusher-v5 --dataset my_data.hdf5
 
@@ -56,7 +56,7 @@ class Args:
     # utils/tasks.py. `--task ""` or --env-id runs with the values below. A flag that you give always wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # any Gymnasium id with continuous actions, together with --dataset and in place of --task
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, replaces --task
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
     obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
@@ -64,7 +64,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     threads: int = 0  # CPU threads of torch; 0: torch chooses
     compile: bool = False  # torch.compile: faster with the same numbers, after a minute or two on first use
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of all float32 products (docs/performance.md)
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # lower: faster products (docs/performance.md)
     run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write the networks to agent.pt at the end
     capture_video: bool = False  # write a video of the first episode of every evaluation
@@ -77,8 +77,8 @@ class Args:
     # ---- the task
     max_episode_steps: int = 0  # time limit in actions; 0: the environment's own
     action_repeat: int = 1  # simulator steps per action
-    reward_scale: float = 1.0  # the critics see reward_scale * reward + reward_shift, offline and online
-    reward_shift: float = 0.0  # see reward_scale
+    reward_scale: float = 1.0  # offline and online rewards are multiplied by it
+    reward_shift: float = 0.0  # added to the rewards after they are scaled
     # ---- the algorithm
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
     offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: all of them
@@ -332,7 +332,7 @@ class Agent(nn.Module):
         """(loss, info): imitation minus eta Q of a sampled action, Q in units of its own mean size [paper Sec. 3.2]."""
         imitation = self.actor.loss(batch.obs, batch.actions) / batch.actions.shape[-1]  # published: mean over A
         actions = self.actor.sample_with_gradient(batch.obs)
-        q = self.critic(batch.obs, actions)  # (E, B); all heads [ours], published: one of the two at random
+        q = self.critic(batch.obs, actions)  # (E, B); all heads, published: one of the two at random
         loss = imitation - self.args.eta * q.mean() / q.detach().abs().mean()
         info = {"losses/actor": loss, "losses/imitation": imitation, "actor/q_mean": q.mean()}
         return loss, info | {"actor/clipped_share": (actions.abs() == 1).float().mean()}
@@ -406,13 +406,13 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                         if terminated or truncated:
                             del running[i]
         metrics |= {f"{prefix}return": returns.mean(), f"{prefix}length": lengths.mean()}
-        if not np.isnan(successes).all():  # where others have mentioned success, an episode without it has none
+        if not np.isnan(successes).all():  # if one episode mentioned success, silence means failure
             metrics[f"{prefix}success_rate"] = np.nan_to_num(successes).mean()
     return metrics
 
 
 class Log:
-    """The folder of a run: args.json, metrics.csv with one value a row, TensorBoard. `state` is of a checkpoint."""
+    """A run's folder: args.json, metrics.csv with one value a row, TensorBoard. `state` comes from a checkpoint."""
 
     def __init__(self, folder: Path, args: Args, data_crc32: int, state: dict[str, Any], step: int):
         folder.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
@@ -461,8 +461,8 @@ class Log:
                 raise FloatingPointError(f"step {step}: {key} is {mean}; lower the learning rates or check the rewards")
         self.tensorboard.add_scalar("charts/SPS", max(step, 0) / seconds, step)
         if "eval/return" in means:
-            words = [f"{key} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
-            tqdm.write(f"step {step:,}, {seconds:.0f} s:  {'  '.join(words)}")
+            words = [f"{key[5:]} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
+            tqdm.write(f"step {step:,}, {seconds:.0f} s, evaluation: {'  '.join(words)}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -476,7 +476,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything the next step depends on, but the simulator. Hence only between two episodes."""
+    """Writes checkpoint.pt: everything but the simulator's state. So it is called between two episodes only."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}
@@ -578,7 +578,7 @@ def main(args: Args) -> None:
         obs, episodic_return = next_obs, episodic_return + float(reward)
         if step > args.learning_starts:
             log.add(update(agent, optimizers, buffer.draw(args.offline_ratio, args.utd_ratio, args.batch_size)))
-        if terminated or truncated:  # only the former is stored as an end
+        if terminated or truncated:  # only the former is stored as an end [ours 4]
             log.add({"charts/episodic_return": episodic_return})
             episode += 1
             obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0

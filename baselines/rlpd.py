@@ -2,8 +2,9 @@
 
 Paper: Efficient Online Reinforcement Learning with Offline Data (Ball et al. 2023), arXiv 2302.02948. Its code,
 github.com/ikostrikov/rlpd, is [rlpd code] below. A bare [code] stands in definitions shared with EXPO and means EXPO's.
+Every [ours n] has an entry of that number in docs/expo_diffusion.md.
 
-    python baselines/rlpd.py                                   # the quickstart maze, as expo_diffusion.py learns it
+    python baselines/rlpd.py                                   # the same maze as expo_diffusion.py
     python baselines/rlpd.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
     python baselines/rlpd.py --env-id Pusher-v5 --dataset my_data.hdf5
 
@@ -54,7 +55,7 @@ class Args:
     # utils/tasks.py. `--task ""` or --env-id runs with the values below. A flag that you give always wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # any Gymnasium id with continuous actions, together with --dataset and in place of --task
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, replaces --task
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
     obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
@@ -62,7 +63,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     threads: int = 0  # CPU threads of torch; 0: torch chooses
     compile: bool = False  # torch.compile: faster with the same numbers, after a minute or two on first use
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of all float32 products (docs/performance.md)
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # lower: faster products (docs/performance.md)
     run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write the networks to agent.pt at the end
     capture_video: bool = False  # write a video of the first episode of every evaluation
@@ -75,8 +76,8 @@ class Args:
     # ---- the task
     max_episode_steps: int = 0  # time limit in actions; 0: the environment's own
     action_repeat: int = 1  # simulator steps per action
-    reward_scale: float = 1.0  # the critics see reward_scale * reward + reward_shift, offline and online
-    reward_shift: float = 0.0  # see reward_scale
+    reward_scale: float = 1.0  # offline and online rewards are multiplied by it
+    reward_shift: float = 0.0  # added to the rewards after they are scaled
     # ---- the algorithm
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
     offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: none
@@ -265,7 +266,7 @@ class Optimizers:
 
 
 def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step on the optimizer's own parameters. Whatever else the loss depends on gets no gradient."""
+    """One step on the optimizer's own parameters. Other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
@@ -319,13 +320,13 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                         if terminated or truncated:
                             del running[i]
         metrics |= {f"{prefix}return": returns.mean(), f"{prefix}length": lengths.mean()}
-        if not np.isnan(successes).all():  # where others have mentioned success, an episode without it has none
+        if not np.isnan(successes).all():  # if one episode mentioned success, silence means failure
             metrics[f"{prefix}success_rate"] = np.nan_to_num(successes).mean()
     return metrics
 
 
 class Log:
-    """The folder of a run: args.json, metrics.csv with one value a row, TensorBoard. `state` is of a checkpoint."""
+    """A run's folder: args.json, metrics.csv with one value a row, TensorBoard. `state` comes from a checkpoint."""
 
     def __init__(self, folder: Path, args: Args, data_crc32: int, state: dict[str, Any], step: int):
         folder.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
@@ -374,8 +375,8 @@ class Log:
                 raise FloatingPointError(f"step {step}: {key} is {mean}; lower the learning rates or check the rewards")
         self.tensorboard.add_scalar("charts/SPS", max(step, 0) / seconds, step)
         if "eval/return" in means:
-            words = [f"{key} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
-            tqdm.write(f"step {step:,}, {seconds:.0f} s:  {'  '.join(words)}")
+            words = [f"{key[5:]} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
+            tqdm.write(f"step {step:,}, {seconds:.0f} s, evaluation: {'  '.join(words)}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -389,7 +390,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything the next step depends on, but the simulator. Hence only between two episodes."""
+    """Writes checkpoint.pt: everything but the simulator's state. So it is called between two episodes only."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}
@@ -491,7 +492,7 @@ def main(args: Args) -> None:
         obs, episodic_return = next_obs, episodic_return + float(reward)
         if step > args.learning_starts:
             log.add(update(agent, optimizers, buffer.draw(args.offline_ratio, args.utd_ratio, args.batch_size)))
-        if terminated or truncated:  # only the former is stored as an end
+        if terminated or truncated:  # only the former is stored as an end [ours 4]
             log.add({"charts/episodic_return": episodic_return})
             episode += 1
             obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0

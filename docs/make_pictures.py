@@ -149,6 +149,7 @@ def main() -> None:
     args = last.args
     env = make_env(args.env_id, args.task, args.max_episode_steps, args.action_repeat)
     data = read_dataset(args.dataset, env)
+    assert data.success is not None
     first = data.episodes[np.argmax(data.success)][0]  # the first demonstration that succeeds
     landscape(agents, data.rows.obs[first + 10])  # ten actions later
     paths(step_0, last, data, env)
