@@ -303,11 +303,11 @@ def episode_seed(*words: int) -> int:
 def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: torch.device) -> dict[str, float]:
     """Mean return, length and success of every policy, over the same episodes. Torch's random state is left alone."""
     metrics: dict[str, float] = {}
-    for prefix, act in policies.items():
-        (returns, lengths), successes = np.zeros((2, args.eval_episodes)), np.full(args.eval_episodes, np.nan)
+    for kind, act in policies.items():
+        (returns, lengths, solved), mentioned = np.zeros((3, args.eval_episodes)), False
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(args.seed)
-            for first in tqdm(range(0, args.eval_episodes, len(envs)), desc=prefix, leave=False, disable=None):
+            for first in tqdm(range(0, args.eval_episodes, len(envs)), desc=kind, leave=False, disable=None):
                 running = dict(zip(range(first, args.eval_episodes), envs, strict=False))  # episode -> environment
                 obs = [env.reset(seed=episode_seed(args.seed, 1, i))[0] for i, env in running.items()]
                 while running:
@@ -316,12 +316,13 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                     for i, env in list(running.items()):
                         obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
                         returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
-                        successes[i] = np.fmax(successes[i], info.get("success", np.nan))
+                        mentioned |= "success" in info
+                        solved[i] += bool(info.get("success"))  # of its steps
                         if terminated or truncated:
                             del running[i]
-        metrics |= {f"{prefix}return": returns.mean(), f"{prefix}length": lengths.mean()}
-        if not np.isnan(successes).all():  # if one episode mentioned success, silence means failure
-            metrics[f"{prefix}success_rate"] = np.nan_to_num(successes).mean()
+        metrics |= {f"{kind}return": returns.mean(), f"{kind}length": lengths.mean()}
+        if mentioned:  # by one episode: then silence means failure
+            metrics |= {f"{kind}success_rate": (solved > 0).mean(), f"{kind}solved_share": (solved / lengths).mean()}
     return metrics
 
 
@@ -344,9 +345,8 @@ class Log:
         record |= {"args": vars(args), "starts": [*old["starts"], start]}
         write_whole(path, json.dumps(record, indent=2).encode())
         self.sums, self.started = state["sums"], time.monotonic() - state["seconds"]
-        self.file.truncate(self.file.seek(state["bytes"]))  # drops what a killed run wrote after its checkpoint
-        if state["bytes"] == 0:
-            self.file.write(header)
+        self.file.truncate(self.file.seek(expected))  # drops what a killed run wrote after its checkpoint
+        self.file.write(header[expected:])
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="expo", name=folder.name, config=vars(args), sync_tensorboard=True)

@@ -47,7 +47,7 @@ def test_diffusion_loss_equals_a_slow_loop(script, steps):
         for row in range(40):
             k = int(levels[row])
             noisy = math.sqrt(alpha_bars[k - 1]) * actions[row] + math.sqrt(1 - alpha_bars[k - 1]) * noise[row]
-            prediction = predict(policy, noisy, obs[row], float(k))
+            prediction = predict(policy, noisy, obs[row], k - 1.0)  # the network counts from 0
             total += sum((float(prediction[j]) - float(noise[row, j])) ** 2 for j in range(3))  # a sum, not a mean
     assert loss.item() == pytest.approx(total / 40, rel=1e-4)
 
@@ -66,7 +66,7 @@ def test_diffusion_sampler_equals_a_slow_loop(script, steps):
             x = start[row]
             for k in range(steps, 0, -1):
                 beta, alpha_bar = betas[k - 1], alpha_bars[k - 1]
-                x = x - beta / math.sqrt(1 - alpha_bar) * predict(policy, x, obs[row], float(k))
+                x = x - beta / math.sqrt(1 - alpha_bar) * predict(policy, x, obs[row], k - 1.0)
                 x = x / math.sqrt(1 - beta)
                 if k > 1:
                     x = x + math.sqrt(beta) * noise[k][row]
