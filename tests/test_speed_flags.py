@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 @pytest.mark.parametrize("num", [1, 3, 2000, 3000])
 def test_candidates_of_all_slices_in_their_places(script, num):
-    """Parts of 2048, 682 and 1 observations; a base policy that answers with the observation shows where each went."""
-    agent = make_agent(script, num_target_samples=num, num_edit_samples=0)
-    next_obs, rows = torch.randn(3, 700 if num < 10 else 2, 3), []
+    """Parts of 2048, 682 and 1 observations. Base actions and edits that tell their observation show where each went."""
+    agent = make_agent(script, num_target_samples=num, num_base_samples=1, num_edit_samples=1)
+    next_obs, rows = torch.rand(3, 700 if num < 10 else 2, 3) - 0.5, []
     agent.base_policy.sample = lambda obs: rows.append(obs.shape[:-1].numel()) or obs[..., :2]
-    candidates = script.next_candidates(agent, next_obs)
-    assert torch.equal(candidates, next_obs[..., None, :2].expand(-1, -1, num, -1))
+    agent.edit_policy.forward = lambda obs, to_edit: (0.1 * obs[..., 1:], None)
+    candidates, expected = script.next_candidates(agent, next_obs), next_obs[..., None, :].expand(-1, -1, num, -1)
+    assert torch.equal(candidates[:, :, :num], expected[..., :2])
+    assert torch.equal(candidates[:, :, num:], expected[..., :2] + 0.1 * expected[..., 1:])
     assert max(rows) <= max(2048, num) and sum(rows) == next_obs.shape[:-1].numel() * num
 
 

@@ -88,4 +88,5 @@ def write_d4rl(path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written ({reason(error)}); EXPO_CACHE_DIR names another") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()

@@ -127,10 +127,9 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
     """
     argv, default = list(sys.argv[1:] if argv is None else argv), cls()
     given = vars(read_flags(default, [word for word in argv if word not in ("-h", "--help")], description))
-    flags, name, run_dir = vars(default), given.get("task"), given.get("resume")
-    if given.get("env_id") and not any(word.startswith("--task") for word in argv):
-        name = ""
-    flags["task"] = name
+    flags, run_dir = vars(default), given.get("resume")
+    alone = given.get("env_id") and not any(word.startswith("--task") for word in argv)
+    flags["task"] = name = "" if alone else given.get("task")
     if run_dir:
         try:
             record = json.loads((Path(run_dir) / "args.json").read_text())
