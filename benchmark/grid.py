@@ -97,7 +97,7 @@ def one_line_errors(main: Callable[..., Any], *args: Any) -> None:
     """Calls a program's main function. Bad input is one line and exit code 2, as in the scripts."""
     try:
         main(*args)
-    except (InputError, OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

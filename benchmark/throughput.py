@@ -2,7 +2,7 @@
 
     python benchmark/throughput.py --task antmaze-umaze --naive       # the published sizes, and the obvious way beside
     python benchmark/throughput.py --task antmaze-umaze --against /path/to/another/checkout
-    python benchmark/throughput.py --task antmaze-umaze --against-flags="--matmul-precision medium" --differences
+    python benchmark/throughput.py --task antmaze-umaze --against-flags "--matmul-precision medium" --differences
 
 All flags that are not listed below go to the script. Every time is a median after a warm-up. A machine is often shared,
 so a ratio that was measured in alternation says more than seconds.
@@ -178,7 +178,10 @@ def differences(*sides: Side) -> dict[str, float]:
 
 def main() -> None:
     """Reads both sets of flags, measures, prints, and writes the file."""
-    options, words = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    argv = sys.argv[1:]
+    for place in [i for i, word in enumerate(argv) if word == "--against-flags"]:  # its value begins with --, too
+        argv[place : place + 2] = ["=".join(argv[place : place + 2])]
+    options, words = tyro.cli(Options, args=argv, description=__doc__, return_unknown_args=True)
     script = importlib.import_module(options.script)
     args = parse_args(script.Args, argv=words)
     env = make_env(args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys)

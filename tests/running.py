@@ -88,7 +88,12 @@ def at(kind: str, number: int, act: Callable[[], None]) -> Trap:
 
 def send(*numbers: int) -> Callable[[], None]:
     """Sends signals to its own process."""
-    return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
+
+    def act() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return act
 
 
 def read_metrics(run_dir: Path) -> list[tuple[int, str, str]]:

@@ -8,6 +8,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -192,9 +194,13 @@ def test_another_run_is_refused(copied, monkeypatch):
     assert "expo_diffusion" in refused(copied, script=importlib.import_module("expo_flow"))
     with pytest.raises(OSError, match=f"--run-dir {copied}.* holds a run"):
         parse_args(expo_diffusion.Args, argv=words_for(expo_diffusion, copied))
-    load_dataset = expo_diffusion.load_dataset
+    load_dataset, record = expo_diffusion.load_dataset, json.loads((copied / "args.json").read_text())
     monkeypatch.setattr(expo_diffusion, "load_dataset", lambda *args: [2 * rows for rows in load_dataset(*args)])
     assert "data" in refused(copied)
+    with subprocess.Popen([sys.executable, "-c", "input()", "expo_diffusion.py"], stdin=subprocess.PIPE) as living:
+        (copied / "args.json").write_text(json.dumps(record | {"pid": living.pid}))
+        assert f"process {living.pid} is still writing" in refused(copied)
+        living.kill()
 
 
 def test_a_complete_run_is_resumed_to_nothing_or_to_a_longer_one(copied, untouched):

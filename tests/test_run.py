@@ -23,7 +23,7 @@ from expo_diffusion import Args, Log, episode_seed, evaluate
 
 LIMIT = 5  # steps of an episode
 ACTING = ("on_the_fly_actions", "sample_actions", "training_actions", "drawn_actions")  # in training, of any script
-EVALUATION = {f"eval/{key}" for key in ("return", "length", "success_rate")}
+EVALUATION = {f"eval/{key}" for key in ("return", "length", "success_rate", "solved_share")}
 EVALUATION |= {key.replace("/", "/base_") for key in EVALUATION}
 TRAINING = {"losses/critic", "losses/edit_policy", "losses/base_policy", "critic/q_mean", "charts/episodic_return"}
 TRAINING |= {"edit/abs_mean", "edit/alpha", "edit/entropy", "edit/selected_share"}
@@ -73,7 +73,8 @@ TOY: dict[str, Any] = {"task": "", "env_id": "Walk-v0", "dataset": ("rows",), "d
 TOY |= {"total_timesteps": 20, "offline_steps": 4, "pretrain_steps": 6, "learning_starts": 3, "eval_every": 10}
 TOY |= {"eval_episodes": 3, "log_every": 5, "checkpoint_every": 1000, "utd_ratio": 2, "batch_size": 4, "hidden_dim": 8}
 TOY |= {"hidden_layers": 1, "base_hidden_dim": 8, "base_blocks": 1, "base_expansion": 1, "denoising_steps": 2}
-TOY |= {"num_base_samples": 2, "num_edit_samples": 2, "num_critics": 2, "edit_scale": 0.3, "num_action_samples": 2}
+TOY |= {"num_base_samples": 2, "num_edit_samples": 2, "num_critics": 2, "num_action_samples": 2}
+TOY |= {"edit_scale": 0.3, "heldout_share": 0.25}
 
 
 @pytest.fixture
@@ -110,15 +111,15 @@ def test_evaluation_is_one_episode_at_a_time(num_envs):
     expected = []
     for i in range(8):
         env = Walk()
-        obs, done, total, reached = env.reset(seed=episode_seed(50, 1, i))[0], False, 0.0, False
+        obs, done, total, solved = env.reset(seed=episode_seed(50, 1, i))[0], False, 0.0, 0
         while not done:
             obs, reward, terminated, truncated, info = env.step(act(torch.tensor(obs[None])).numpy()[0])
-            total, reached, done = total + reward, reached or info["success"], terminated or truncated
-        expected.append((total, len(env.steps), reached))
+            total, solved, done = total + reward, solved + info["success"], terminated or truncated
+        expected.append((total, len(env.steps), solved > 0, solved / len(env.steps)))
     assert all(len(set(column)) > 1 for column in zip(*expected, strict=True))
     metrics = evaluated(act, [Walk() for _ in range(num_envs)], 8, 50)
     for prefix in ("eval/", "eval/base_"):
-        values = [metrics[f"{prefix}{key}"] for key in ("return", "length", "success_rate")]
+        values = [metrics[f"{prefix}{key}"] for key in ("return", "length", "success_rate", "solved_share")]
         np.testing.assert_allclose(values, np.mean(expected, axis=0))
 
 
@@ -190,16 +191,15 @@ def test_the_folder_of_a_run(each, walks, tmp_path):
     assert_same(torch.load(run_dir / "agent.pt", weights_only=True), saved)
 
 
-def test_the_log_writes_means_into_a_folder_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    folder, state = Path("runs/one"), {"bytes": 0, "seconds": 0.0, "sums": {}}
+def test_the_log_writes_means_into_a_folder_of_its_own(tmp_path):
+    folder, state = tmp_path / "runs" / "one", {"bytes": 0, "seconds": 0.0, "sums": {}}
     log = Log(folder, Args(), 0, state, 0)
     for step, values in ((10, [1, 2, torch.tensor(6.0)]), (20, [123456789])):
         for value in values:
             log.add({"key": value})
         log.write(step)
     assert read_metrics(folder) == [(10, "key", "3"), (20, "key", "1.2345679e+08")]
-    with pytest.raises(OSError, match="runs/one"):  # two runs that start in the same second
+    with pytest.raises(FileExistsError):  # two runs that start in the same second
         Log(folder, Args(), 0, state, 0)
 
 
@@ -211,13 +211,12 @@ def test_track_mirrors_tensorboard_to_wandb(walks, monkeypatch, tmp_path):
     assert words["name"] == "run" and words["sync_tensorboard"] and words["config"]["env_id"] == "Walk-v0"
 
 
-def test_capture_video_writes_one_video_for_each_policy_and_evaluation(walks, tmp_path):
+@pytest.mark.parametrize("episodes, rounds", [(2, 1), (22, 2)])  # there are at most 20 environments
+def test_capture_video_writes_one_video_for_each_policy_and_evaluation(episodes, rounds, walks, tmp_path):
     pytest.importorskip("moviepy")
-    walks(expo_diffusion, tmp_path / "run", capture_video=True, eval_episodes=22)  # two rounds of 20 environments
+    walks(expo_diffusion, tmp_path / "run", capture_video=True, eval_episodes=episodes)
     names = {path.name for path in (tmp_path / "run" / "videos").glob("*.mp4")}
-    assert names == {
-        f"step{step}-episode-{i}.mp4" for step, first in ((0, 0), (10, 4), (20, 8)) for i in (first, first + 2)
-    }
+    assert names == {f"step{10 * i}-episode-{(2 * i + base) * rounds}.mp4" for i in range(3) for base in (0, 1)}
 
 
 def test_online_rows_are_what_happened(each, walks, monkeypatch, tmp_path):
@@ -320,9 +319,8 @@ def test_pretraining_is_imitation_alone(walks, monkeypatch, tmp_path):
         return loss(base_policy, obs, actions)
 
     monkeypatch.setattr(expo_finetune.BasePolicy, "loss", spy)
-    flags: dict[str, Any] = {"heldout_share": 0.25, "offline_steps": 0, "total_timesteps": 0}
     for steps in (60, 0):
-        walks(expo_finetune, tmp_path / str(steps), pretrain_steps=steps, **flags)
+        walks(expo_finetune, tmp_path / str(steps), pretrain_steps=steps, offline_steps=0, total_timesteps=0)
     assert seen.count({False}) == 60 and seen.count({True}) == len(seen) - 60 == 12
     assert list(values_of(read_metrics(tmp_path / "60"), "losses/base_policy_heldout")) == list(range(-60, 0, 5))
     trained, fresh = (read_state(tmp_path / name)["agent"] for name in ("60", "0"))

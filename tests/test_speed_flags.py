@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 @pytest.mark.parametrize("num", [1, 3, 2000, 3000])
 def test_candidates_of_all_slices_in_their_places(script, num):
-    """Parts of 2048, 682 and 1 observations. Base actions and edits that tell their observation show where each went."""
+    """Parts of 2048, 682 and 1 observations. Base actions and edits tell their observation, so its place is known."""
     agent = make_agent(script, num_target_samples=num, num_base_samples=1, num_edit_samples=1)
     next_obs, rows = torch.rand(3, 700 if num < 10 else 2, 3) - 0.5, []
     agent.base_policy.sample = lambda obs: rows.append(obs.shape[:-1].numel()) or obs[..., :2]
