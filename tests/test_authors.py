@@ -1,7 +1,7 @@
-"""expo_diffusion.py against numbers that the authors' own JAX learner computed; tests/data/authors_reference.md says how.
+"""expo_diffusion.py against numbers of the authors' own JAX learner; tests/data/authors_reference.md says how.
 
-Weights, a batch and every random number are put into the script, which then runs in float64. What it computes must agree
-to 1e-9. Nothing of the script is replaced but its random numbers; one test takes out its two clips, which are ours.
+Weights, a batch and every random number are put into the script, which then runs in float64. What it computes must
+agree to 1e-9. Nothing of the script is replaced but its random numbers. One test takes out our two clips.
 """
 
 import sys
@@ -89,7 +89,7 @@ def make_agent(module: ModuleType, ref: Numbers, target: str = "published", pref
 
 
 class Draws:
-    """Random numbers in the order in which the script asks for them. Another kind or shape than expected is an error."""
+    """Random numbers in the order in which the script asks for them. Another kind or shape is an error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.queue: list[tuple[str, Tensor]] = []

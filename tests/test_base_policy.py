@@ -1,4 +1,4 @@
-"""Base policies: the published schedule, losses and samplers as slow loops, and recovery of a known distribution."""
+"""Base policies: flow matching as slow loops, and recovery of a known distribution. test_authors.py has diffusion."""
 
 import math
 
@@ -6,77 +6,12 @@ import pytest
 import torch
 from conftest import make_agent, make_args
 
-only_diffusion = pytest.mark.parametrize("script", ["expo_diffusion", "expo_finetune"], indirect=True)
 only_flow = pytest.mark.parametrize("script", ["expo_flow"], indirect=True)
-
-BETAS = [0.05776, 0.14658, 0.22702, 0.29988, 0.36587, 0.42564, 0.47978, 0.52881, 0.57323, 0.61345]  # published, K = 10
-
-
-def schedule(steps: int) -> tuple[list[float], list[float]]:
-    """(betas, alpha_bars) of the variance-preserving schedule, one by one."""
-    betas = [1 - math.exp(-0.1 / steps - 0.5 * 9.9 * (2 * k - 1) / steps**2) for k in range(1, steps + 1)]
-    return betas, [math.prod(1 - beta for beta in betas[:k]) for k in range(1, steps + 1)]
 
 
 def predict(policy, x: torch.Tensor, obs: torch.Tensor, time: float) -> torch.Tensor:
     """What the policy's network says about one row."""
     return policy.network(x, obs, policy.network.time_code(torch.tensor([time])))
-
-
-# ----------------------------------------------------------------------------------------------------- diffusion
-
-
-@only_diffusion
-def test_schedule_is_the_published_one(script):
-    policy = script.BasePolicy(3, 2, make_args(script, denoising_steps=10))
-    assert policy.betas == pytest.approx(BETAS, abs=6e-6)
-    assert policy.alpha_bars[-1].item() == pytest.approx(0.00641, abs=6e-6)
-
-
-@only_diffusion
-@pytest.mark.parametrize("steps", [1, 5])
-def test_diffusion_loss_equals_a_slow_loop(script, steps):
-    policy = make_agent(script, action_dim=3, denoising_steps=steps).base_policy
-    obs, actions = torch.randn(40, 3), torch.rand(40, 3) * 2 - 1
-    with torch.no_grad():
-        torch.manual_seed(5)
-        loss = policy.loss(obs, actions)
-        torch.manual_seed(5)  # the same random numbers
-        levels, noise = torch.randint(steps, (40,)) + 1, torch.randn(40, 3)
-        alpha_bars, total = schedule(steps)[1], 0.0
-        for row in range(40):
-            k = int(levels[row])
-            noisy = math.sqrt(alpha_bars[k - 1]) * actions[row] + math.sqrt(1 - alpha_bars[k - 1]) * noise[row]
-            prediction = predict(policy, noisy, obs[row], k - 1.0)  # the network counts from 0
-            total += sum((float(prediction[j]) - float(noise[row, j])) ** 2 for j in range(3))  # a sum, not a mean
-    assert loss.item() == pytest.approx(total / 40, rel=1e-4)
-
-
-@only_diffusion
-@pytest.mark.parametrize("steps", [1, 5])
-def test_diffusion_sampler_equals_a_slow_loop(script, steps):
-    policy, obs, clipped = make_agent(script, denoising_steps=steps).base_policy, torch.randn(30, 3), 0
-    torch.manual_seed(5)
-    actions = policy.sample(obs)
-    torch.manual_seed(5)  # the same random numbers
-    start, noise = torch.randn(30, 2), {k: torch.randn(30, 2) for k in range(steps, 1, -1)}
-    betas, alpha_bars = schedule(steps)
-    with torch.no_grad():
-        for row in range(30):
-            x = start[row]
-            for k in range(steps, 0, -1):
-                beta, alpha_bar = betas[k - 1], alpha_bars[k - 1]
-                x = x - beta / math.sqrt(1 - alpha_bar) * predict(policy, x, obs[row], k - 1.0)
-                x = x / math.sqrt(1 - beta)
-                if k > 1:
-                    x = x + math.sqrt(beta) * noise[k][row]
-                clipped += int((x.abs() > 1).sum())
-                x = torch.tensor([min(max(float(value), -1.0), 1.0) for value in x])  # x itself, at every step
-            torch.testing.assert_close(actions[row], x, rtol=1e-3, atol=1e-3)
-    assert clipped > 10  # else the clip would not have been tested
-
-
-# ---------------------------------------------------------------------------------------------------------- flow
 
 
 @only_flow

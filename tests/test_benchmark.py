@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from conftest import ROOT
 
 from benchmark import plot, run
 from benchmark.grid import flag_values, read_grid
-from benchmark.plot import Curve
 from utils import InputError
 
 # Stands for a script: the same files and signals, in milliseconds. --fail SEED lets a run fail, --sleep S slows it.
@@ -30,32 +28,26 @@ signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
 folder = Path(flags.get("--resume") or flags["--run-dir"])
 folder.mkdir(parents=True, exist_ok=True)
 record = json.loads((folder / "args.json").read_text()) if "--resume" in flags else {"starts": []}
-record["starts"].append({"command": sys.argv, "commit": "c", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
+record["starts"].append({"command": sys.argv, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
 (folder / "args.json").write_text(json.dumps(record))
 if flags.get("--fail") == flags["--seed"]:
     sys.exit("error: it fails")
-with open(folder / "metrics.csv", "a+") as file:
+with open(folder / "metrics.csv", "a+", buffering=1) as file:
     file.seek(0)
     for step in range(len(file.readlines()), int(flags["--total-timesteps"])):
         file.write(f"{step},{step / 10},eval/success_rate,0.5\\n")
-        file.flush()
         time.sleep(float(flags.get("--sleep", 0)))
         if signals:
             sys.exit(143)
 """
 
 
-@pytest.fixture
-def grid(tmp_path):
-    """A function that writes a grid of fake runs and returns its path."""
-    (tmp_path / "fake.py").write_text(FAKE)
-
-    def write(flags: str = "", seeds: str = "[1, 2]", steps: int = 3) -> Path:
-        flags, path = f"--env-id My/Env-v0 --total-timesteps {steps} {flags}", tmp_path / "g.toml"
-        path.write_text(f"seeds = {seeds}\nflags = '{flags}'\n[methods]\na = '{tmp_path}/fake.py'")
-        return path
-
-    return write
+def fake_grid(folder: Path, flags: str = "", seeds: str = "[1, 2]", steps: int = 3) -> Path:
+    """Writes a grid of fake runs."""
+    (folder / "fake.py").write_text(FAKE)
+    flags = f"--env-id My/Env-v0 --total-timesteps {steps} {flags}"
+    (folder / "g.toml").write_text(f"seeds = {seeds}\nflags = '{flags}'\n[methods]\na = '{folder}/fake.py'")
+    return folder / "g.toml"
 
 
 def run_grid(grid: Path, **options) -> int:
@@ -76,8 +68,8 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_a_grid_is_methods_x_variants_x_tasks_x_seeds_and_the_most_special_flag_is_last(tmp_path):
-    path = tmp_path / "grid.toml"
-    text = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "benchmark.md").read_text(), re.S)[0]  # the example
+    path, example = tmp_path / "grid.toml", re.compile(r"```toml\n(.*?)```", re.S)
+    text = example.findall((ROOT / "docs" / "benchmark.md").read_text())[0]
     path.write_text(text.replace("--threads 1", "--num-critics 3"))
     runs = read_grid(path, "", tmp_path / "runs", tmp_path / "results")
     assert len(runs) == len({r.run_dir for r in runs}) == 2 * 2 * 2 * 3
@@ -98,50 +90,44 @@ def test_the_scripts_have_the_flags_of_every_grid(path, tmp_path):
 
 
 def test_a_bad_grid_is_one_clear_line(tmp_path):
-    path = tmp_path / "grid.toml"
     good = 'tasks = ["pointmaze-umaze"]\nseeds = [1]\n[methods]\na = "expo_flow.py"\n'
     for old, new, words in (
         ("seeds", "seed", "'seed' is unknown"),
         ("seeds = [1]\n", "", "'seeds' is missing"),
-        ('["pointmaze-umaze"]', '"pointmaze-umaze"', "'tasks' is unknown, or of a wrong type"),
         ("pointmaze-umaze", "pointmaze-umze", "unknown task 'pointmaze-umze'"),
         ("expo_flow.py", "expo_flo.py", "there is no script 'expo_flo.py'"),
         ("expo_flow.py", "expo_flow.py --seed=3", "the grid itself gives --seed"),
         ("[1]", "[1", "grid.toml: "),
     ):
-        path.write_text(good.replace(old, new))
+        (tmp_path / "grid.toml").write_text(good.replace(old, new))
         with pytest.raises(InputError, match=words) as caught:
-            read_grid(path, "", tmp_path, tmp_path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+            read_grid(tmp_path / "grid.toml", "", tmp_path, tmp_path)
+        assert "grid.toml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_grid_is_run_then_skipped_then_only_what_is_missing_is_run(grid, capsys, monkeypatch):
+def test_a_grid_is_run_then_skipped_then_only_what_is_missing_is_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
-    path = grid("--sleep 0.1", "[1, 2, 3, 4]")
+    path = fake_grid(tmp_path, "--sleep 0.1", "[1, 2, 3, 4]")
     assert run_grid(path, processes=4, gpus=2) == 0 and capsys.readouterr().out.count("done    My_Env-v0/a/seed") == 4
     records = [json.loads((folder_of(path, "results", seed) / "args.json").read_text()) for seed in (1, 2, 3, 4)]
     assert sorted(record["starts"][0]["gpu"] for record in records) == ["4", "4", "5", "5"]
     shutil.rmtree(folder_of(path, "results", seed=2))
-    before = folder_of(path, "results", seed=1).stat().st_mtime_ns
-    grid("--sleep 0.1 --threads 2", "[1, 2, 3, 4]")  # changes nothing of what is compared
-    assert run_grid(path) == 0
-    out = capsys.readouterr().out
-    assert "4 runs, 3 of them are done" in out and "warning" not in out
-    assert folder_of(path, "results", seed=1).stat().st_mtime_ns == before
+    before = folder_of(path, "results").stat().st_mtime_ns
+    fake_grid(tmp_path, "--sleep 0.1 --threads 2", "[1, 2, 3, 4]")  # changes nothing of what is compared
+    assert run_grid(path) == 0 and folder_of(path, "results").stat().st_mtime_ns == before
+    assert "4 runs, 3 of them are done" in (out := capsys.readouterr().out) and "warning" not in out
     assert steps_of(folder_of(path, "results", seed=2)) == [0, 1, 2]
-    grid("--sleep 0.2", "[1]")
-    assert run_grid(path) == 0 and "seed1 was made with other flags" in capsys.readouterr().out
+    assert run_grid(fake_grid(tmp_path, "--sleep 0.2")) == 0
+    assert "seed1 was made with other flags" in capsys.readouterr().out
 
 
-def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continue_it(grid, capsys):
-    path = grid("--fail 1")
+def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continue_it(tmp_path, capsys):
+    path = fake_grid(tmp_path, "--fail 1")
     assert run_grid(path) == 1
-    out, err = capsys.readouterr()
     log = folder_of(path, "runs").with_name("seed1.log")
-    assert f"FAILED  My_Env-v0/a/seed1: exit code 1: error: it fails ({log})" in out and "1 of 2 runs failed" in err
+    assert f"FAILED  My_Env-v0/a/seed1: exit code 1: error: it fails ({log})" in capsys.readouterr().out
     assert not folder_of(path, "results", seed=1).exists() and folder_of(path, "results", seed=2).exists()
-    grid("--fail 3")
-    assert run_grid(path) == 1
+    assert run_grid(fake_grid(tmp_path, "--fail 3")) == 1
     out = capsys.readouterr().out
     assert (
         "failed before, and repeated now: My_Env-v0/a/seed1" in out and "was made with other flags than the gri" in out
@@ -149,12 +135,12 @@ def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continu
     shutil.rmtree(folder_of(path, "runs"))
     assert run_grid(path) == 0 and not folder_of(path, "runs").with_name("seed1.failed").exists()
     shutil.rmtree(folder_of(path, "results"))
-    assert run_grid(grid("--fail 3", steps=7), only="seed1") == 0  # a longer grid continues its runs
+    assert run_grid(fake_grid(tmp_path, "--fail 3", steps=7), only="seed1") == 0  # a longer grid continues its runs
     assert steps_of(folder_of(path, "results")) == list(range(7))
 
 
-def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(grid, tmp_path):
-    path = grid("--sleep 0.05", "[1, 2, 3]", steps=40)
+def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(tmp_path):
+    path = fake_grid(tmp_path, "--sleep 0.05", "[1, 2, 3]", steps=40)
     command = [sys.executable, "benchmark/run.py", str(path), "--processes", "2"]
     command += ["--runs-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path / "results")]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -162,9 +148,9 @@ def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(grid, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "finish their episodes" in err and "the same command goes on" in err, err
-    assert "Traceback" not in err and not folder_of(path, "runs").with_name("seed1.failed").exists()
-    assert 0 < len(steps_of(folder_of(path, "runs"))) < 40 and not folder_of(path, "runs", seed=3).exists()
+    assert process.returncode == 130 and "finish their episodes" in err and "Traceback" not in err, err
+    assert not folder_of(path, "runs").with_name("seed1.failed").exists() and not folder_of(path, "runs", 3).exists()
+    assert 0 < len(steps_of(folder_of(path, "runs"))) < 40
     assert run_grid(path, processes=3) == 0
     assert all(steps_of(folder_of(path, "results", seed)) == list(range(40)) for seed in (1, 2, 3))
 
@@ -193,9 +179,6 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys):
     assert "| rlpd | 2 | 0.10 (0.00 to 0.20) | 0.05 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | 0.5 |" in out
     assert "| base_alone | 3 | 0.10 (0.10" in out  # its base policy, not the choice of untrained critics
     assert "| 10 | 0.00 0.50 0.80 0.90 1.00 1.00 |" in out and (tmp_path / "out.png").stat().st_size > 10_000
-    curve = Curve(np.array([0.0, 100, 300]), np.array([1.0, 2, 3]), np.array([0.0, 0.5, 1.0]))
-    assert plot.reached(curve, 0.5) == (100, 2) and plot.reached(curve, 1.1) == (math.inf, math.inf)
-    assert plot.area(curve) == pytest.approx((25 + 150) / 300) and plot.number([100, 300, math.inf]) == "300 (2/3)"
     values = np.random.default_rng(1).random((5, 3))
     copies = np.sort(np.repeat(values, 4, axis=0), axis=0)  # every value four times: the quartiles fall between copies
     np.testing.assert_allclose(plot.interquartile_mean(values), copies[5:15].mean(0))
@@ -212,7 +195,6 @@ def test_single_runs_are_named_by_their_flags_and_returns_stand_in_for_success(t
     assert "E, eval/return" in out and "| s --utd-ratio 2 | 2 | 2.00 (2.00 to 2.00) | 2.00 | 1.00 |" in out
     with pytest.raises(InputError, match="is there twice"):
         plot.main((*folders, folders[0]))
-    for content in ("step,seconds\n", "step,seconds,key,value\n1,2\n", "step,seconds,key,value\n1,2,eval/return,x\n"):
-        (folders[0] / "metrics.csv").write_text(content)
-        with pytest.raises(InputError, match=r"metrics.csv(, line 2 is not| does not start with) step,seconds,key,va"):
-            plot.main(folders)
+    (folders[0] / "metrics.csv").write_text("step,seconds,key,value\n1,2,eval/return,x\n")
+    with pytest.raises(InputError, match=r"metrics.csv, line 2 is not step,seconds,key,value"):
+        plot.main(folders)

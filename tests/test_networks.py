@@ -1,4 +1,4 @@
-"""Networks against plain nn.Linear / nn.LayerNorm, explicit loops, torch.distributions and numeric integration."""
+"""Networks against torch's own layers, brute force and numeric integration. test_authors.py has the rest."""
 
 import itertools
 import math
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_agent, make_args
-from torch import Tensor, nn
-from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
+from torch import nn
 
 # ------------------------------------------------------------------------------------------------------- critics
 
@@ -87,31 +86,6 @@ def test_heads_start_different_and_xavier_uniform(script):
 # --------------------------------------------------------------------------------------------- denoising network
 
 
-def slow_denoising_network(network, noisy_action: Tensor, obs: Tensor, time: float) -> Tensor:
-    """One row through the published architecture, written out."""
-    angles = [2 * math.pi * time * f for f in network.frequencies.tolist()]
-    code = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)])
-    first, second = network.time_mlp[0], network.time_mlp[2]
-    code = first.weight @ code + first.bias
-    code = second.weight @ (code * torch.sigmoid(code)) + second.bias
-    x = network.input.weight @ torch.cat([noisy_action, obs, code]) + network.input.bias
-    for block in network.blocks:
-        y = (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-6) * block.norm.weight + block.norm.bias
-        y = block.widen.weight @ y + block.widen.bias
-        x = x + block.narrow.weight @ (y * torch.sigmoid(y)) + block.narrow.bias
-    return network.output.weight @ (x * torch.sigmoid(x)) + network.output.bias
-
-
-@pytest.mark.parametrize("times", [[1.0, 2.0, 0.3, 10.0, 0.0], [2.0]], ids=["one for each row", "one for all rows"])
-def test_denoising_network_equals_its_definition(script, times):
-    network, actions, obs = make_agent(script).base_policy.network, torch.randn(5, 2), torch.randn(5, 3)
-    with torch.no_grad():
-        found = network(actions, obs, network.time_code(torch.tensor(times).unsqueeze(-1)))
-        rows = zip(actions, obs, times * (5 // len(times)), strict=True)
-        expected = torch.stack([slow_denoising_network(network, *row) for row in rows])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_denoising_network_has_the_published_sizes_and_init(script):
     """64 frequencies, time MLP 128-256-256, three blocks of 256-1024-256; Xavier, in the blocks LeCun-normal."""
     network = script.BasePolicy(20, 10, script.Args()).network
@@ -134,27 +108,6 @@ def test_denoising_network_has_the_published_sizes_and_init(script):
 
 
 # --------------------------------------------------------------------------------------------------- edit policy
-
-
-@pytest.mark.parametrize("edit_scale, bias", [(0.05, 0.0), (0.7, 0.0), (0.5, 100.0), (0.5, -100.0)])
-def test_edit_log_prob_equals_torch_distributions(script, edit_scale, bias):
-    """The standard deviation lies between exp(-20) and exp(2), whatever the network says. Some tanh are 1, exactly."""
-    policy = make_agent(script, edit_scale=edit_scale).edit_policy.double()
-    obs, base_actions = torch.randn(500, 3).double(), torch.rand(500, 2).double() * 2 - 1
-    with torch.no_grad():
-        policy.log_std.bias += bias
-        edits, log_prob = policy(obs, base_actions)
-        x = torch.cat([obs, base_actions], -1)
-        for layer in policy.layers:
-            x = torch.relu(x @ layer.weight.T + layer.bias)
-        gaussian = Normal(policy.mean(x), policy.log_std(x).clip(-20, 2).exp())
-        distribution = TransformedDistribution(gaussian, [TanhTransform(), AffineTransform(0, edit_scale)])
-        inside = (edits.abs() < edit_scale * (1 - 1e-6)).all(-1)  # where torch's inverse tanh is exact
-        expected = distribution.log_prob(edits).sum(-1)
-    assert edits.shape == (500, 2) and log_prob.shape == (500,) and log_prob.isfinite().all()
-    assert (edits.abs() <= edit_scale).all() and inside.sum() > 100
-    assert bias <= 0 or (edits.abs() == edit_scale).any()
-    torch.testing.assert_close(log_prob[inside], expected[inside], rtol=1e-5, atol=1e-5)
 
 
 def test_edit_density_is_the_density_of_the_samples(script):

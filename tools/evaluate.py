@@ -69,7 +69,7 @@ def evaluate(run_dir: Path, episodes: int, seed: int, device: str, video: Path |
     agent = load_agent(run_dir, module, args, envs[0], device)
     metrics = module.evaluate({"eval/": agent}, envs, args, torch.device(device))
     print(f"{run_dir}: {episodes} episodes")
-    for name in ("return", "length", "success_rate"):
+    for name in ("return", "length", "success_rate", "solved_share"):
         if f"eval/{name}" in metrics:
             print(f"  {name:<12}  {metrics[f'eval/{name}']:.4g}")
     if video:
