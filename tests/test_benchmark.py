@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,9 +26,8 @@ flags, signals = dict(zip(sys.argv[1::2], sys.argv[2::2])), []
 signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
 folder = Path(flags.get("--resume") or flags["--run-dir"])
 folder.mkdir(parents=True, exist_ok=True)
-record = json.loads((folder / "args.json").read_text()) if "--resume" in flags else {"starts": []}
-record["starts"].append({"command": sys.argv, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
-(folder / "args.json").write_text(json.dumps(record))
+starts = [{"command": sys.argv, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}]
+(folder / "args.json").write_text(json.dumps({"starts": starts}))
 if flags.get("--fail") == flags["--seed"]:
     sys.exit("error: it fails")
 with open(folder / "metrics.csv", "a+", buffering=1) as file:
@@ -68,16 +66,26 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_a_grid_is_methods_x_variants_x_tasks_x_seeds_and_the_most_special_flag_is_last(tmp_path):
-    path, example = tmp_path / "grid.toml", re.compile(r"```toml\n(.*?)```", re.S)
-    text = example.findall((ROOT / "docs" / "benchmark.md").read_text())[0]
-    path.write_text(text.replace("--threads 1", "--num-critics 3"))
-    runs = read_grid(path, "", tmp_path / "runs", tmp_path / "results")
-    assert len(runs) == len({r.run_dir for r in runs}) == 2 * 2 * 2 * 3
+    text = (ROOT / "docs" / "benchmark.md").read_text().split("```toml\n")[1].split("```")[0]
+    (tmp_path / "grid.toml").write_text(text.replace("--threads 1", "--num-critics 3"))
+    runs = read_grid(tmp_path / "grid.toml", "", tmp_path / "runs", tmp_path / "results")
+    assert len({r.run_dir for r in runs}) == 2 * 2 * 2 * 3
     assert [r.name[-1] for r in runs] == ["1"] * 8 + ["2"] * 8 + ["3"] * 8  # seed by seed
     chosen = next(r for r in runs if r.name == "pointmaze-large/expo_flow+two/seed1")
     flags = "--num-critics 3 --total-timesteps 2000 --num-critics 2"
     assert " ".join(chosen.command) == f"expo_flow.py --task pointmaze-large --seed 1 {flags}"
-    assert chosen.run_dir == tmp_path / "runs/grid/pointmaze-large/expo_flow+two/seed1"
+    # A bad one is one clear line.
+    good = 'tasks = ["pointmaze-umaze"]\nseeds = [1]\n[methods]\na = "expo_flow.py"\n'
+    for old, new, words in (
+        ("seeds", "seed", "'seed' is unknown"),
+        ("pointmaze-umaze", "pointmaze-umze", "unknown task 'pointmaze-umze'"),
+        ("expo_flow.py", "expo_flo.py", "there is no script 'expo_flo.py'"),
+        ("expo_flow.py", "expo_flow.py --seed=3", "the grid itself gives --seed"),
+        ("[1]", "[1", ""),
+    ):
+        (tmp_path / "grid.toml").write_text(good.replace(old, new))
+        with pytest.raises(InputError, match=rf"^.*grid\.toml: .*{words}[^\n]*$"):
+            read_grid(tmp_path / "grid.toml", "", tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("path", (ROOT / "benchmark" / "grids").glob("*.toml"), ids=lambda path: path.stem)
@@ -89,22 +97,6 @@ def test_the_scripts_have_the_flags_of_every_grid(path, tmp_path):
         assert names <= vars(importlib.import_module(name).Args()).keys()
 
 
-def test_a_bad_grid_is_one_clear_line(tmp_path):
-    good = 'tasks = ["pointmaze-umaze"]\nseeds = [1]\n[methods]\na = "expo_flow.py"\n'
-    for old, new, words in (
-        ("seeds", "seed", "'seed' is unknown"),
-        ("seeds = [1]\n", "", "'seeds' is missing"),
-        ("pointmaze-umaze", "pointmaze-umze", "unknown task 'pointmaze-umze'"),
-        ("expo_flow.py", "expo_flo.py", "there is no script 'expo_flo.py'"),
-        ("expo_flow.py", "expo_flow.py --seed=3", "the grid itself gives --seed"),
-        ("[1]", "[1", "grid.toml: "),
-    ):
-        (tmp_path / "grid.toml").write_text(good.replace(old, new))
-        with pytest.raises(InputError, match=words) as caught:
-            read_grid(tmp_path / "grid.toml", "", tmp_path, tmp_path)
-        assert "grid.toml" in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_a_grid_is_run_then_skipped_then_only_what_is_missing_is_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     path = fake_grid(tmp_path, "--sleep 0.1", "[1, 2, 3, 4]")
@@ -112,10 +104,9 @@ def test_a_grid_is_run_then_skipped_then_only_what_is_missing_is_run(tmp_path, c
     records = [json.loads((folder_of(path, "results", seed) / "args.json").read_text()) for seed in (1, 2, 3, 4)]
     assert sorted(record["starts"][0]["gpu"] for record in records) == ["4", "4", "5", "5"]
     shutil.rmtree(folder_of(path, "results", seed=2))
-    before = folder_of(path, "results").stat().st_mtime_ns
     fake_grid(tmp_path, "--sleep 0.1 --threads 2", "[1, 2, 3, 4]")  # changes nothing of what is compared
-    assert run_grid(path) == 0 and folder_of(path, "results").stat().st_mtime_ns == before
-    assert "4 runs, 3 of them are done" in (out := capsys.readouterr().out) and "warning" not in out
+    assert run_grid(path) == 0
+    assert "3 of them are done" in (out := capsys.readouterr().out) and "warning" not in out and "seed1" not in out
     assert steps_of(folder_of(path, "results", seed=2)) == [0, 1, 2]
     assert run_grid(fake_grid(tmp_path, "--sleep 0.2")) == 0
     assert "seed1 was made with other flags" in capsys.readouterr().out
@@ -149,8 +140,7 @@ def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "finish their episodes" in err and "Traceback" not in err, err
-    assert not folder_of(path, "runs").with_name("seed1.failed").exists() and not folder_of(path, "runs", 3).exists()
-    assert 0 < len(steps_of(folder_of(path, "runs"))) < 40
+    assert 0 < len(steps_of(folder_of(path, "runs"))) < 40 and not folder_of(path, "runs", 3).exists()
     assert run_grid(path, processes=3) == 0
     assert all(steps_of(folder_of(path, "results", seed)) == list(range(40)) for seed in (1, 2, 3))
 
@@ -182,19 +172,12 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys):
     values = np.random.default_rng(1).random((5, 3))
     copies = np.sort(np.repeat(values, 4, axis=0), axis=0)  # every value four times: the quartiles fall between copies
     np.testing.assert_allclose(plot.interquartile_mean(values), copies[5:15].mean(0))
-    draws = np.random.default_rng(0).integers(5, size=(5, 300))
-    means = [plot.interquartile_mean(np.array([values[seed] for seed in draw])) for draw in draws.T]
-    np.testing.assert_allclose(plot.bootstrap(values, 300), np.quantile(means, [0.025, 0.975], axis=0))
-
-
-def test_single_runs_are_named_by_their_flags_and_returns_stand_in_for_success(tmp_path, capsys):
+    # Single runs are named by their flags. Returns stand in for success.
     write_results(tmp_path, "x", {1: [1.0, 3.0], 2: [1.0, 3.0]}, "eval/return")
-    folders = tuple(tmp_path / "maze" / "x" / f"seed{seed}" for seed in (1, 2))
+    folders = tuple(sorted(tmp_path.glob("maze/x/*")))
     plot.main(folders, tmp_path / "out.pdf")
     out = capsys.readouterr().out
     assert "E, eval/return" in out and "| s --utd-ratio 2 | 2 | 2.00 (2.00 to 2.00) | 2.00 | 1.00 |" in out
-    with pytest.raises(InputError, match="is there twice"):
-        plot.main((*folders, folders[0]))
     (folders[0] / "metrics.csv").write_text("step,seconds,key,value\n1,2,eval/return,x\n")
     with pytest.raises(InputError, match=r"metrics.csv, line 2 is not step,seconds,key,value"):
         plot.main(folders)

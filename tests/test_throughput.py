@@ -1,17 +1,15 @@
 """The programs around the scripts measure and change what they say, and leave the training alone."""
 
-import csv
 import importlib.util
 import json
 import sys
 
 import numpy as np
 import torch
-from conftest import make_agent, make_args, make_batch, tiny_run_args
+from conftest import make_agent, tiny_run_args
 
 import expo_flow
 from benchmark import ablation, overestimation, throughput
-from benchmark.naive import NaiveExpo
 
 
 def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, capsys):
@@ -22,11 +20,10 @@ def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, 
         return json.loads((tmp_path / "a.json").read_text())
 
     found = measured("--naive")
-    assert list(found["parts_s"]) == ["chain", "edits", "ranking", "base", "edit", "critic"]
-    assert all(value > 0 for value in [found["update_s"], found["action_s"], *found["parts_s"].values()])
+    assert min(found["update_s"], found["action_s"], *found["parts_s"].values()) > 0 and len(found["parts_s"]) == 6
     assert "| **update** |" in (out := capsys.readouterr().out) and "the obvious way" in out
     found = measured("--differences", "--against-flags", "--num-target-samples 4")  # the same number
-    assert found["differences"] == {"losses": 0, "gradients": 0} and len(found["seconds"]["action there"]) == 1
+    assert found["differences"] == {"losses": 0, "gradients": 0}
     assert measured("--differences", "--against-flags", "--num-target-samples 1")["differences"]["gradients"] > 1e-3
     (tmp_path / "benchmark").mkdir()  # of another checkout
     text = "import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write('{\"update_s\": 1e4, \"action_s\": 1}')"
@@ -34,18 +31,6 @@ def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, 
     monkeypatch.setattr(throughput, "ROOT", tmp_path)
     assert measured("--against", str(tmp_path))["seconds"]["update there"] == [1e4]
     assert "here / there 1.000" in capsys.readouterr().out
-
-
-def test_the_naive_update_asks_for_the_lowest_q_and_trains_everything(script):
-    naive = NaiveExpo(script, 3, 2, args := make_args(script, num_min_critics=5), torch.device("cpu"))
-    obs, actions = torch.randn(7, 3), torch.randn(7, 2)
-    qs = torch.stack([critic(torch.cat([obs, actions], 1))[:, 0] for critic in naive.target_critic])
-    torch.testing.assert_close(naive.minimum(obs, actions), qs.amin(0))
-    assert naive.best_actions(obs, naive.base_policy).shape == (7, args.hidden_dim // 8)
-    parts = [naive.base_policy, naive.edit_policy, naive.critic, naive.target_critic, naive.target_base_policy]
-    before = [next(part.parameters()).clone() for part in parts]
-    assert np.isfinite(list(naive.update(make_batch(script, 2, 8)).values())).all()
-    assert not any(torch.equal(next(part.parameters()), old) for part, old in zip(parts, before, strict=True))
 
 
 def test_changes_change_what_they_say():
@@ -66,7 +51,8 @@ def test_changes_change_what_they_say():
     assert type(changed(ablation.flow_base)[1].base_policy) is expo_flow.BasePolicy
 
 
-def test_discounted_returns_and_q_of_visited_pairs(script):
+def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
+    script = importlib.import_module("baselines.rlpd")
     # Cut by time: of six rewards the first two returns lack less than .05 of their weights.
     assert overestimation.discounted_returns(np.ones(6), 0.5, False).tolist() == [63 / 32, 31 / 16]
     agent = make_agent(script, gamma=0.5, reward_scale=5.0, reward_shift=-1.0)
@@ -74,16 +60,15 @@ def test_discounted_returns_and_q_of_visited_pairs(script):
     episode = [(np.full(3, t), np.zeros(2), float(t == 1), t == 1) for t in range(2)]
     rows = overestimation.value_rows(agent, [episode, [(np.ones(3), np.ones(2), 1.0, False)]], agent.args)
     assert rows == {"value/q": 7, "value/return": (1 + 4) / 2, "value/overestimation": 4.5}
-
-
-def test_measuring_overestimation_changes_nothing_of_the_training(tmp_path, monkeypatch):
-    script, rows = importlib.import_module("baselines.rlpd"), []
+    # Measuring changes nothing of the training.
+    rows = []
     monkeypatch.setattr(script, "evaluate", script.evaluate)  # puts it back at the end
-    for place in ("alone", "measured"):
-        if place == "measured":
-            overestimation.overestimation(script)
-        script.main(tiny_run_args(script, tmp_path / place, total_timesteps=6, eval_every=3, gamma=0.5))
-        with open(tmp_path / place / "metrics.csv") as file:
-            rows.append([(row["step"], row["key"], row["value"]) for row in csv.DictReader(file)])
+    for change in (lambda script: None, overestimation.overestimation):
+        change(script)
+        script.main(
+            tiny_run_args(script, folder := tmp_path / str(len(rows)), total_timesteps=6, eval_every=3, gamma=0.5)
+        )
+        lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+        rows.append([(step, key, value) for step, _, key, value in lines])
     values = [row for row in rows[1] if row[1].startswith("value/")]
     assert [row for row in rows[1] if row not in values] == rows[0] and len(values) == 3 * 3

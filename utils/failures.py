@@ -25,7 +25,7 @@ def failure(error: Exception, where: str) -> InputError:
     if isinstance(error, InputError | gym.error.Error | ModuleNotFoundError):
         return InputError(f"{where}: {' '.join(str(error).split())}")
     library = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
-    error = error.__cause__ if isinstance(error.__cause__, type(error)) else error  # gymnasium raises some a second time
+    error = error.__cause__ if isinstance(error.__cause__, type(error)) else error  # gymnasium raises it twice
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if not frame[0].startswith(library) and "-packages" not in frame[0]]
     place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (own or frames)[-1]

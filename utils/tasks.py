@@ -197,7 +197,7 @@ def check_flags(flags: dict[str, Any]) -> None:
     given, found, cuda = flags.get, util.find_spec, lambda: import_module("torch").cuda.is_available()
     compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
     run_files = [Path(given("run_dir") or ".", name) for name in ("args.json", "metrics.csv")]
-    holds_run = given("run_dir") and not given("resume") and any(path.exists() for path in run_files)
+    holds_run = given("run_dir") and not given("resume") and any(p.exists() and p.stat().st_size for p in run_files)
     for wrong, problem in (
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
         (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
