@@ -232,20 +232,3 @@ def test_schedule(ref, steps):
     policy = module.BasePolicy(5, 3, module.Args(denoising_steps=steps))
     assert_close(torch.tensor(policy.betas), ref[f"schedule/betas_{steps}"], "betas")
     assert_close(policy.alpha_bars, ref[f"schedule/alpha_bars_{steps}"], "alpha_bars")
-
-
-@pytest.mark.parametrize("prefix, lr, length", [("", 0.002, 8), ("published_", 3e-4, 3_000_000)])
-def test_learning_rates(ref, prefix, lr, length):
-    module = script()
-    agent = module.Agent(5, 3, module.Args(base_lr=lr, edit_lr=lr, lr_decay_steps=length))
-    optimizers = module.Optimizers(agent, agent.args)
-    updates, values = ref[f"learning_rate/{prefix}updates"], ref[f"learning_rate/{prefix}value"]
-    for decay in (optimizers.base_decay, optimizers.edit_decay):
-        found = torch.tensor([lr * decay.lr_lambdas[0](int(n)) for n in updates])
-        assert_close(found, values, "learning rate")
-
-
-def test_entropy_targets(ref):
-    for target, name in (("published", "published"), ("scaled", "adjusted")):
-        agent = make_agent(script(), ref, target)
-        assert agent.target_entropy == pytest.approx(ref[f"setting/target_entropy_{name}"].item(), abs=1e-12)

@@ -26,8 +26,7 @@ flags, signals = dict(zip(sys.argv[1::2], sys.argv[2::2])), []
 signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
 folder = Path(flags.get("--resume") or flags["--run-dir"])
 folder.mkdir(parents=True, exist_ok=True)
-starts = [{"command": sys.argv, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}]
-(folder / "args.json").write_text(json.dumps({"starts": starts}))
+(folder / "args.json").write_text(json.dumps({"starts": [{"command": sys.argv}], "env": dict(os.environ)}))
 if flags.get("--fail") == flags["--seed"]:
     sys.exit("error: it fails")
 with open(folder / "metrics.csv", "a+", buffering=1) as file:
@@ -41,7 +40,6 @@ with open(folder / "metrics.csv", "a+", buffering=1) as file:
 
 
 def fake_grid(folder: Path, flags: str = "", seeds: str = "[1, 2]", steps: int = 3) -> Path:
-    """Writes a grid of fake runs."""
     (folder / "fake.py").write_text(FAKE)
     flags = f"--env-id My/Env-v0 --total-timesteps {steps} {flags}"
     (folder / "g.toml").write_text(f"seeds = {seeds}\nflags = '{flags}'\n[methods]\na = '{folder}/fake.py'")
@@ -102,7 +100,7 @@ def test_a_grid_is_run_then_skipped_then_only_what_is_missing_is_run(tmp_path, c
     path = fake_grid(tmp_path, "--sleep 0.1", "[1, 2, 3, 4]")
     assert run_grid(path, processes=4, gpus=2) == 0 and capsys.readouterr().out.count("done    My_Env-v0/a/seed") == 4
     records = [json.loads((folder_of(path, "results", seed) / "args.json").read_text()) for seed in (1, 2, 3, 4)]
-    assert sorted(record["starts"][0]["gpu"] for record in records) == ["4", "4", "5", "5"]
+    assert sorted(record["env"]["CUDA_VISIBLE_DEVICES"] for record in records) == ["4", "4", "5", "5"]
     shutil.rmtree(folder_of(path, "results", seed=2))
     fake_grid(tmp_path, "--sleep 0.1 --threads 2", "[1, 2, 3, 4]")  # changes nothing of what is compared
     assert run_grid(path) == 0
@@ -120,9 +118,7 @@ def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continu
     assert not folder_of(path, "results", seed=1).exists() and folder_of(path, "results", seed=2).exists()
     assert run_grid(fake_grid(tmp_path, "--fail 3")) == 1
     out = capsys.readouterr().out
-    assert (
-        "failed before, and repeated now: My_Env-v0/a/seed1" in out and "was made with other flags than the gri" in out
-    )
+    assert "failed before, and repeated now: My_Env-v0/a/seed1" in out and "made with other flags than the grid" in out
     shutil.rmtree(folder_of(path, "runs"))
     assert run_grid(path) == 0 and not folder_of(path, "runs").with_name("seed1.failed").exists()
     shutil.rmtree(folder_of(path, "results"))

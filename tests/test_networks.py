@@ -4,7 +4,6 @@ import itertools
 import math
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_agent, make_args
@@ -108,18 +107,3 @@ def test_denoising_network_has_the_published_sizes_and_init(script):
 
 
 # --------------------------------------------------------------------------------------------------- edit policy
-
-
-def test_edit_density_is_the_density_of_the_samples(script):
-    """The density at 100,000 sampled edits, integrated by the trapezoid rule up to each of them, counts them."""
-    policy = make_agent(script, action_dim=1, edit_scale=0.3).edit_policy.double()
-    obs, base_action = torch.randn(3).double(), torch.tensor([0.3]).double()
-    with torch.no_grad():
-        policy.log_std.bias.fill_(-0.3)
-        policy.log_std.weight.mul_(0.1)
-        edits, log_prob = policy(obs.expand(100_000, -1), base_action.expand(100_000, -1))
-    order = np.argsort(edits.squeeze().numpy())
-    points, density = edits.squeeze().numpy()[order], log_prob.exp().numpy()[order]
-    integral = np.concatenate([[0], np.cumsum(np.diff(points) * (density[1:] + density[:-1]) / 2)])
-    assert integral[-1] == pytest.approx(1, abs=2e-3)
-    assert np.abs(integral - np.arange(len(points)) / len(points)).max() < 0.01

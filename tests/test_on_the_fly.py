@@ -41,56 +41,6 @@ def test_candidates_are_base_actions_then_their_edits(script, n, m, shape):
     assert ("edits" in seen) == (m > 0)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 5, 3)], ids=["one", "slices"])
-def test_rank_equals_brute_force(script, shape):
-    """The minimum over all five heads (one subset only is possible), candidate by candidate."""
-    agent = make_agent(script, num_min_critics=5)
-    obs, candidates = torch.randn(*shape), torch.randn(*shape[:-1], 8, 2)
-    q = agent.rank(obs, candidates)
-    assert q.shape == (*shape[:-1], 8) and not q.requires_grad
-    with torch.no_grad():
-        for index in itertools.product(*map(range, (*shape[:-1], 8))):
-            row = agent.target_critic(obs[index[:-1]].unsqueeze(0), candidates[index].unsqueeze(0))  # (E, 1)
-            assert float(q[index]) == pytest.approx(min(row.squeeze(1).tolist()), rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("n, m", SIZES)
-def test_choice_equals_brute_force(script, n, m):
-    agent = make_agent(script, num_base_samples=n, num_edit_samples=m, num_min_critics=5)
-    obs, base_actions, edits = torch.randn(40, 3), torch.rand(40, n, 2) * 2 - 1, torch.rand(40, m, 2) - 0.5
-    agent.target_base_policy.sample = lambda obs: base_actions
-    agent.edit_policy.forward = lambda obs, to_edit: (edits, None)
-    actions, chosen = agent.on_the_fly_actions(obs), set()
-    for b in range(40):
-        candidates = [*base_actions[b], *((base_actions[b, j % n] + edits[b, j]).clip(-1, 1) for j in range(m))]
-        with torch.no_grad():
-            q = [float(agent.target_critic(obs[b : b + 1], action.unsqueeze(0)).min()) for action in candidates]
-        best = q.index(max(q))
-        assert torch.equal(actions[b], candidates[best])
-        chosen.add(best)
-    assert len(chosen) >= 3  # else a constant choice would have passed
-
-
-def test_acting_uses_the_moving_average_and_the_target_critic(script):
-    """Not the online base policy, and not the online critic: neither may change an action."""
-    agent, obs = make_agent(script), torch.randn(20, 3)
-
-    def actions_after(part: str | None):
-        changed = make_agent(script)
-        changed.load_state_dict(agent.state_dict())
-        if part is not None:
-            for parameter in getattr(changed, part).parameters():
-                parameter.data += torch.randn_like(parameter)
-        torch.manual_seed(1)
-        return changed.on_the_fly_actions(obs)
-
-    before = actions_after(None)
-    for part in ("base_policy", "critic"):
-        assert torch.equal(actions_after(part), before), part
-    for part in ("target_base_policy", "target_critic", "edit_policy"):
-        assert not torch.equal(actions_after(part), before), part
-
-
 def test_acting_is_stochastic_and_calling_the_agent_acts(script):
     agent, obs = make_agent(script), torch.randn(20, 3)
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, Sequence
+from gymnasium.spaces import Box, Discrete, Sequence
 
 from expo_diffusion import Args
 from expo_finetune import Args as FinetuneArgs
@@ -69,13 +69,6 @@ def test_wrappers_against_the_plain_environment():
         *states, total = zip(*[plain.step(np.array([0.5], np.float32))[:2] for _ in range(3)], strict=True)
         assert obs == pytest.approx(states[0][-1], rel=1e-5) and reward == pytest.approx(sum(map(float, total)))
         assert (terminated, truncated) == (False, t == 3) and "success" not in info
-
-
-def test_spaces_become_flat():
-    start = {"z": np.ones((2, 2)), "a": ONE}  # in the order of the space, which is not the alphabet's
-    space: Any = Dict(z=Box(0, 255, (2, 2), np.uint8), a=Box(-9, 9, (1,), np.float64))
-    env = scripted((0, {}, start), start=start, observations=space, actions=Box(-3, 5, (2, 1), np.float64))
-    assert env.reset()[0].tolist() == [1, 1, 1, 1, 0] and env.step(np.zeros(2))[0].dtype == np.float32
 
 
 def test_success():
@@ -236,16 +229,6 @@ def test_adroit_rows_are_relabelled():
     assert to_dataset(arrays | following, relabel).rows.rewards.tolist() == [1, 1, 0, 0, 1, 0]
     recorded = {"infos/success": np.arange(6) % 3 == 0}
     assert to_dataset(arrays | recorded, relabel).rows.rewards.tolist() == [1, 0, 1, 0]
-
-
-@pytest.mark.parametrize("name", MAZES)
-def test_walls_of_pointmaze(name):
-    """They are the simulator's, and so are the centres of cells as the demonstrators know them."""
-    maze, rows = task_env(f"pointmaze-{name}").get_wrapper_attr("maze"), MAZES[name].split()
-    for row, col in np.ndindex(len(rows), len(rows[0])):
-        assert (maze.maze_map[row][col] == 1) == (rows[row][col] == "1")
-        center = [col + 0.5 - len(rows[0]) / 2, len(rows) / 2 - row - 0.5]
-        assert maze.cell_rowcol_to_xy(np.array([row, col])) == pytest.approx(center)
 
 
 REAL = [

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from conftest import make_agent, tiny_run_args
 
-import expo_flow
-from benchmark import ablation, overestimation, throughput
+from benchmark import overestimation, throughput
 
 
 def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, capsys):
@@ -31,24 +30,6 @@ def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, 
     monkeypatch.setattr(throughput, "ROOT", tmp_path)
     assert measured("--against", str(tmp_path))["seconds"]["update there"] == [1e4]
     assert "here / there 1.000" in capsys.readouterr().out
-
-
-def test_changes_change_what_they_say():
-    def changed(change):
-        spec = importlib.util.find_spec("expo_diffusion")
-        module = sys.modules["changed"] = importlib.util.module_from_spec(spec)  # a copy
-        spec.loader.exec_module(module)
-        change(module)
-        return module, make_agent(module)
-
-    for change in (ablation.acting_only, ablation.edit_without_choice):
-        module, agent = changed(change)
-        assert module.next_candidates(agent, torch.randn(2, 5, 3)).shape == (2, 5, 1, 2)
-    assert agent.with_edits(torch.randn(5, 3), torch.zeros(5, 4, 2)).abs().max() > 0  # an edit, not a base action
-    _, agent = changed(ablation.online_base)
-    agent.target_base_policy.sample = None  # is not asked
-    assert agent(torch.randn(5, 3)).shape == (5, 2)
-    assert type(changed(ablation.flow_base)[1].base_policy) is expo_flow.BasePolicy
 
 
 def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):

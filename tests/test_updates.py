@@ -10,9 +10,7 @@ import pytest
 import torch
 from conftest import (
     EVERY_SCRIPT,
-    SCRIPTS,
     make_agent,
-    make_args,
     make_batch,
     same,
     snapshot,
@@ -74,39 +72,7 @@ def test_edit_dropout_is_for_the_edit_policys_own_loss(script):
     assert len({round(agent.edit_policy_loss(batch)[2]["edit/abs_mean"].item(), 4) for _ in range(9)}) > 4
 
 
-@pytest.mark.parametrize("edit_scale", [0.05, 1.0])
-def test_target_entropy(script, edit_scale):
-    def target(**flags) -> float:
-        return make_agent(script, action_dim=4, edit_scale=edit_scale, **flags).target_entropy
-
-    assert target(edit_entropy="published") == pytest.approx(-2)
-    assert target() == target(edit_entropy="scaled") == pytest.approx(-2 + 4 * math.log(edit_scale))
-
-
-@pytest.mark.parametrize("log_std, grows", [(-3.0, True), (0.0, False)])
-@pytest.mark.parametrize("name", [*SCRIPTS, "baselines.rlpd"])
-def test_alpha_moves_towards_the_target_entropy(name, log_std, grows):
-    """A narrow Gaussian has too little entropy: alpha grows. A wide one has enough: alpha shrinks, by its rate."""
-    script = importlib.import_module(name)
-    agent = make_agent(script, alpha_lr=1e-2)
-    policy, key = (agent.edit_policy, "edit/entropy") if name in SCRIPTS else (agent.actor, "actor/entropy")
-    agent.log_alpha.data.fill_(math.log(0.5))
-    for layer, bias in ((policy.mean, 0.0), (policy.log_std, log_std)):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(layer.bias, bias)
-    info = script.update(agent, script.Optimizers(agent, agent.args), make_batch(script, 1, 256))
-    assert (info[key] < agent.target_entropy) == grows
-    assert agent.log_alpha.item() == pytest.approx(math.log(0.5) + (1e-2 if grows else -1e-2), abs=1e-4)
-    assert script.Agent(3, 2, make_args(script, init_alpha=0.25)).log_alpha.exp().item() == pytest.approx(0.25)
-
-
 # ------------------------------------------------------------------------------------------- averages and rates
-
-
-def test_targets_start_equal(script):
-    agent = script.Agent(3, 2, make_args(script))
-    for target, online in ((agent.target_critic, agent.critic), (agent.target_base_policy, agent.base_policy)):
-        assert same(target, snapshot(online)) and target is not online
 
 
 @pytest.mark.parametrize("name", EVERY_SCRIPT)
