@@ -22,6 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds `benchmark` when this file is run
 
 from benchmark.grid import NEUTRAL, ROOT, Run, Work, one_line_errors, read_grid, read_record
+from benchmark.slurm import queue_runs
 from utils import InputError
 
 
@@ -106,8 +107,6 @@ def main(
             print(f"failed before, and repeated now: {run.name}: {run.beside('.failed').read_text()}")
     print(f"{grid.stem}: {len(runs)} runs, {len(runs) - len(missing)} of them are done", flush=True)
     if missing and engine == "slurm":
-        from benchmark.slurm import queue_runs
-
         queue_runs(missing, sbatch, time_minutes, processes or 0)
     elif missing and (failed := run_here(missing, 1 if processes is None else processes, gpus)):
         print(f"{failed} of {len(missing)} runs failed; the same command repeats them", file=sys.stderr)

@@ -26,9 +26,9 @@ def queue_runs(runs: list[Run], sbatch: str, minutes: int, processes: int) -> No
         with executor.batch() if new else contextlib.nullcontext():
             jobs = [executor.submit(Work(run)) for run in new]
     except Exception as error:  # what squeue, submitit and sbatch say comes in many kinds
-        raise InputError(f"--engine slurm (pip install submitit): {' '.join(str(error).split())[-300:]}") from None
+        said = " ".join(str(error).split())[-300:]
+        raise InputError(f"--engine slurm (pip install submitit), --sbatch {sbatch!r}: {said}") from None
     for run, job in zip(new, jobs, strict=True):
         run.beside(".job").parent.mkdir(parents=True, exist_ok=True)
         run.beside(".job").write_text(job.job_id)
-    print(f"{len(new)} runs were queued, {len(runs) - len(new)} are in the queue already (squeue --me)")
-    print("the same command later says which runs are done and which failed; `scancel` lets a run save")
+    print(f"{len(new)} runs were queued, {len(runs) - len(new)} before; the same command later says how they ended")

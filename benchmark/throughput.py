@@ -117,8 +117,7 @@ def measure(functions: dict[str, Callable[[], Any]], options: Options) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(options.repeats + 1):
         for name, function in functions.items():
-            count, begin = 0, clock(options.cpu_time)
-            # A single short call would measure the clock.
+            count, begin = 0, clock(options.cpu_time)  # a single short call would measure the clock
             while count == 0 or (repeat and clock(options.cpu_time) - begin < 0.1):
                 function()
                 count += 1

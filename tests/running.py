@@ -1,7 +1,4 @@
-"""Whole runs for the tests: in this process, or in a fork that dies or is stopped at a chosen event.
-
-A fork pays for the imports once. Events are counted, so every death can be repeated, and its moment is known.
-"""
+"""Whole runs: in this process, or in a fork (imports are paid once) that dies or is stopped at an event of its own."""
 
 import csv
 import io
@@ -10,7 +7,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +103,7 @@ def read_metrics(run_dir: Path) -> list[tuple[int, str, str]]:
     return [(int(step), key, value) for step, _, key, value in rows]
 
 
-def values_of(rows: Iterable[tuple[int, str, str]], key: str) -> dict[int, float]:
+def values_of(rows: list[tuple[int, str, str]], key: str) -> dict[int, float]:
     """step -> value of one key."""
     return {step: float(value) for step, name, value in rows if name == key}
 

@@ -14,7 +14,6 @@ import torch
 from conftest import EVERY_SCRIPT, ROOT, TINY_RUN, flags_of
 from running import read_metrics, values_of
 
-MAX_TOUCHED = 12  # lines that a user has to change
 DATA = """    rng, shapes = np.random.default_rng(0), ((200, 3), (200, 1), 200, (200, 3))
     data = [rng.uniform(-1, 1, shape).astype(np.float32) for shape in shapes] + [np.zeros(200, np.float32)]
 """
@@ -82,7 +81,9 @@ def test_a_pasted_script_trains_and_goes_on_after_a_kill(name, project):
     before = (ROOT / f"{name.replace('.', '/')}.py").read_text().splitlines()
     after = (project / f"{name.split('.')[-1]}.py").read_text().splitlines()
     changes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    assert sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in changes if kind != "equal") <= MAX_TOUCHED
+    assert (
+        sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in changes if kind != "equal") <= 12
+    )  # lines that a user touches
 
     run_dir = project / "runs" / name
     rows, state = read_metrics(run_dir), torch.load(run_dir / "checkpoint.pt")

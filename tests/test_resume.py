@@ -65,8 +65,8 @@ def die_and_resume(script: Any, run_dir: Path, deaths: list[Trap]) -> int:
     raise AssertionError("it did not end")
 
 
-# In its first checkpoint, in a row of the log, before another row, in args.json, before a rename, in an episode.
-MOMENTS = [("part", 2), ("row", 40), ("step", 1), ("part", 1), ("replace", 3), ("step", 20)]
+# Before it has args.json, in its first checkpoint, in a row, before the next row, in args.json, before a rename.
+MOMENTS = [("replace", 1), ("part", 2), ("row", 40), ("step", 1), ("part", 1), ("replace", 3)]
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ class Walk(gym.Env):
         return np.full((32, 32, 3), 20 * self.time, np.uint8)
 
 
-def random_rows(num: int = 40) -> tuple[np.ndarray, ...]:
+def random_rows() -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
-    obs, actions, rewards, next_obs = (rng.uniform(-1, 1, shape) for shape in ((num, 2), (num, 1), num, (num, 2)))
-    return tuple(array.astype(np.float32) for array in (obs, actions, rewards, next_obs, rng.random(num) < 0.2))
+    rows = [*(rng.uniform(-1, 1, shape) for shape in ((40, 2), (40, 1), 40, (40, 2))), rng.random(40) < 0.2]
+    return tuple(array.astype(np.float32) for array in rows)
 
 
 TOY: dict[str, Any] = {"task": "", "env_id": "Walk-v0", "dataset": ("rows",), "device": "cpu", "threads": 1}

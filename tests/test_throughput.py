@@ -1,6 +1,6 @@
 """The programs around the scripts measure and change what they say, and leave the training alone."""
 
-import importlib.util
+import importlib
 import json
 import sys
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from conftest import make_agent, tiny_run_args
 
-from benchmark import overestimation, throughput
+from benchmark import ablation, overestimation, throughput
 
 
 def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, capsys):
@@ -29,7 +29,19 @@ def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, 
     (tmp_path / "benchmark" / "throughput.py").write_text(text)
     monkeypatch.setattr(throughput, "ROOT", tmp_path)
     assert measured("--against", str(tmp_path))["seconds"]["update there"] == [1e4]
-    assert "here / there 1.000" in capsys.readouterr().out
+
+
+def test_changes_leave_one_candidate_and_ask_the_online_base_policy(script, monkeypatch):
+    monkeypatch.setattr(script, "next_candidates", script.next_candidates)  # puts it back at the end
+    for name in ("with_edits", "base_actions"):
+        monkeypatch.setattr(script.Agent, name, getattr(script.Agent, name))
+    for change in (ablation.acting_only, ablation.edit_without_choice, ablation.online_base):
+        change(script)
+    agent = make_agent(script)
+    agent.target_base_policy.sample = None
+    assert agent.with_edits(torch.randn(5, 3), torch.zeros(5, 4, 2)).abs().min() > 0  # an edit, not a base action
+    assert script.next_candidates(agent, torch.randn(2, 5, 3)).shape == (2, 5, 1, 2)
+    assert agent(torch.randn(5, 3)).shape == (5, 2)
 
 
 def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
@@ -46,10 +58,8 @@ def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "evaluate", script.evaluate)  # puts it back at the end
     for change in (lambda script: None, overestimation.overestimation):
         change(script)
-        script.main(
-            tiny_run_args(script, folder := tmp_path / str(len(rows)), total_timesteps=6, eval_every=3, gamma=0.5)
-        )
-        lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
-        rows.append([(step, key, value) for step, _, key, value in lines])
-    values = [row for row in rows[1] if row[1].startswith("value/")]
-    assert [row for row in rows[1] if row not in values] == rows[0] and len(values) == 3 * 3
+        folder = tmp_path / str(len(rows))
+        script.main(tiny_run_args(script, folder, total_timesteps=6, eval_every=3, gamma=0.5))
+        rows.append([line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()])
+    kept = [[(step, key, value) for step, _, key, value in run if not key.startswith("value/")] for run in rows]
+    assert kept[0] == kept[1] and len(rows[1]) == len(kept[1]) + 3 * 3
