@@ -134,7 +134,8 @@ class Work:
         goes_on = (run_dir / "args.json").exists()
         if goes_on and not self.run.made(read_record(run_dir), NEUTRAL | LONGER):
             return f"{run_dir} was made with other flags than the grid has now; delete it to start it anew"
-        words = [sys.executable, *self.run.command, "--resume" if goes_on else "--run-dir", str(run_dir)]
+        flag = ["--resume" if goes_on else "--run-dir", os.path.relpath(run_dir, ROOT)]  # seen from where it is started
+        words = [sys.executable, *self.run.command, *flag]
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})
         # Slurm's warning before a time limit, SIGUSR2, is for us. A process inherits which signals are blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})

@@ -4,8 +4,7 @@
     python benchmark/throughput.py --task antmaze-umaze --against /path/to/another/checkout
     python benchmark/throughput.py --task antmaze-umaze --against-flags "--matmul-precision medium" --differences
 
-All flags that are not listed below go to the script. Every time is a median after a warm-up. A machine is often shared,
-so a ratio that was measured in alternation says more than seconds.
+All other flags go to the script. Times are medians. On a shared machine a ratio, measured in turns, says more.
 """
 
 import contextlib
