@@ -526,7 +526,7 @@ class Log:
                 raise FloatingPointError(f"step {step}: {key} is {mean}; lower the learning rates or check the rewards")
         self.tensorboard.add_scalar("charts/SPS", max(step, 0) / seconds, step)
         if "eval/return" in means:
-            words = [f"{key[5:]} {mean:.2f}" for key, mean in means.items() if key.startswith("eval/")]
+            words = [f"{k[5:]} {v:.2f}" for k, v in means.items() if k.endswith(("success_rate", "eval/return"))]
             tqdm.write(f"step {step:,}, {seconds:.0f} s, evaluation: {'  '.join(words)}")
 
 
