@@ -145,7 +145,7 @@ def test_published_settings():
     published |= {"ogbench": (0.1, 2, 0, 5000, 0, 500_000)}
     everywhere = dict(utd_ratio=20, batch_size=256, num_critics=10, gamma=0.99, tau=0.005, num_base_samples=8)
     everywhere |= dict(num_edit_samples=8, denoising_steps=10, offline_steps=0, reward_scale=1, hidden_dim=256)
-    finetune = {"antmaze": (500_000, 0.05, 0), "adroit": (20_000, 0.05, 2000), "robomimic-square": (200_000, 0.1, 0)}
+    finetune = {"antmaze": (500_000, 0.05, 0), "adroit": (20_000, 0.05, 2000), "robomimic": (200_000, 0.1, 0)}
     for name in (name for name in TASKS if not name.startswith("pointmaze")):
         args = vars(Args()) | TASKS[name].settings
         expected = next(values for prefix, values in published.items() if name.startswith(prefix))
