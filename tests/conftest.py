@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +75,6 @@ def make_batch(script: Any, *shape: int, obs_dim: int = 3, action_dim: int = 2) 
         next_obs=torch.randn(*shape, obs_dim),
         terminations=(torch.rand(*shape) < 1 / 3).float(),
     )
-
-
-def table_critic(script: Any, values: Callable[[int, Tensor, Tensor], Tensor], num: int) -> Any:
-    """A critic whose head e is `values(e, obs, actions)`; the random subset and its minimum are the script's own."""
-
-    class TableCritic(script.Critic):
-        def __init__(self):
-            nn.Module.__init__(self)
-            self.num = num
-
-        def forward(self, obs, actions, heads=None):
-            return torch.stack([values(e, obs, actions) for e in (range(num) if heads is None else heads.tolist())])
-
-    return TableCritic()
 
 
 def snapshot(module: nn.Module) -> list[Tensor]:

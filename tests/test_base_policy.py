@@ -14,6 +14,14 @@ def predict(policy, x: torch.Tensor, obs: torch.Tensor, time: float) -> torch.Te
     return policy.network(x, obs, policy.network.time_code(torch.tensor([time])))
 
 
+@pytest.mark.parametrize("script", ["expo_diffusion"], indirect=True)
+def test_diffusion_loss_draws_every_level_equally_often(script):
+    policy, seen = make_agent(script, denoising_steps=4).base_policy, []
+    policy.network.time_code = lambda times: seen.extend(times.flatten().tolist()) or torch.zeros(len(times), 16)
+    policy.loss(torch.randn(4000, 3), torch.randn(4000, 2))
+    assert set(seen) == {0, 1, 2, 3} and min(map(seen.count, range(4))) > 850  # 1000 expected, standard deviation 27
+
+
 @only_flow
 def test_flow_loss_equals_a_slow_loop(script):
     policy = make_agent(script, action_dim=3).base_policy

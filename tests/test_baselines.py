@@ -125,6 +125,23 @@ def test_rlpd_actor_loss_is_sacs():
     assert agent.target_entropy == -1
 
 
+def test_rlpd_log_prob_equals_torch_distributions():
+    agent, obs = make_agent(rlpd).double(), torch.randn(50, 3, dtype=torch.float64)
+    torch.nn.init.constant_(agent.actor.log_std.bias, -2.0)  # where 1 - tanh^2 itself has digits enough
+    actions, log_prob = agent.actor(obs)
+    mean, log_std = agent.actor.gaussian(obs)
+    slow = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions.atanh()) - torch.log(1 - actions**2)
+    torch.testing.assert_close(log_prob, slow.sum(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_rlpd_alpha_grows_while_the_entropy_is_below_its_target():
+    agent = make_agent(rlpd, alpha_lr=1e-2)
+    before = agent.log_alpha.item()
+    torch.nn.init.constant_(agent.actor.log_std.bias, -9.0)
+    rlpd.update(agent, rlpd.Optimizers(agent, agent.args), make_batch(rlpd, 1, 64))
+    assert agent.log_alpha.item() == pytest.approx(before + 1e-2, abs=1e-4)
+
+
 def test_rlpd_evaluates_the_mode_and_trains_with_samples():
     agent, obs = make_agent(rlpd), torch.randn(4, 3)
     assert torch.equal(agent(obs), agent.actor.gaussian(obs)[0].tanh())
@@ -234,3 +251,10 @@ def test_dql_draws_an_action_with_softmax_of_q():
     agent.target_critic.random_min = lambda *_: torch.tensor([0.0, 0.5]).expand(rows, 2)
     share = (agent(torch.zeros(rows, 3))[:, 0] == 1).float().mean().item()
     assert share == pytest.approx(math.e / (1 + math.e), abs=0.02)
+
+
+def test_dql_cuts_every_gradient_to_its_norm(monkeypatch):
+    agent, cut, norms = make_agent(diffusion_ql, grad_norm=0.7), torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda own, norm: norms.append(norm) or cut(own, norm))
+    diffusion_ql.update(agent, diffusion_ql.Optimizers(agent, agent.args), make_batch(diffusion_ql, 3, 8))
+    assert norms == [0.7] * 4  # three steps of the critics, one of the actor

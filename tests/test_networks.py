@@ -107,3 +107,10 @@ def test_denoising_network_has_the_published_sizes_and_init(script):
 
 
 # --------------------------------------------------------------------------------------------------- edit policy
+
+
+def test_edit_log_prob_is_finite_where_tanh_saturates(script):
+    policy = make_agent(script, edit_scale=0.1).edit_policy
+    torch.nn.init.constant_(policy.mean.bias, 200.0)
+    edits, log_prob = policy(torch.randn(20, 3), torch.zeros(20, 2))
+    assert (edits == 0.1).all() and log_prob.isfinite().all()

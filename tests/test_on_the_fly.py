@@ -74,5 +74,7 @@ def test_selected_share_counts_the_edited_candidates(script, given, share):
     agent = make_agent(script, num_base_samples=4, num_edit_samples=4, num_target_samples=given)
     choice = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3, 0, 3, 5, 6])
     agent.td_target = lambda batch, candidates: (torch.zeros(12), choice)
-    _, info = agent.critic_loss(make_batch(script, 12), torch.zeros(12, 7, 2))
+    batch = make_batch(script, 12)
+    _, info = agent.critic_loss(batch, torch.zeros(12, 7, 2))
     assert info["edit/selected_share"].item() == pytest.approx(share)
+    assert info["critic/q_mean"] == agent.critic(batch.obs, batch.actions).mean()

@@ -1,4 +1,4 @@
-"""Updates against hand-worked cases and explicit recursions: targets, losses, slices, averages, rates, draws."""
+"""Updates and replay: what the authors' numbers (test_authors.py) do not show. Entropy backup, order, rates, draws."""
 
 import copy
 import importlib
@@ -8,60 +8,30 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    EVERY_SCRIPT,
-    make_agent,
-    make_batch,
-    same,
-    snapshot,
-    table_critic,
-)
+from conftest import EVERY_SCRIPT, make_agent, make_args, make_batch, same, snapshot
 
-# ----------------------------------------------------------------------------------------------------- TD target
+# -------------------------------------------------------------------------------------------- targets and losses
 
 
-def test_td_target_by_hand(script):
-    """Two heads, Q_0 = 1 + 2 a and Q_1 = 3 - a + s. Row 0 goes on, row 1 is terminal, row 2 goes on elsewhere."""
-    agent = make_agent(script, obs_dim=1, action_dim=1, gamma=0.5, num_critics=2, num_min_critics=2, backup_alpha=9.0)
-    heads = [lambda obs, a: 1 + 2 * a, lambda obs, a: 3 - a + obs]
-    agent.target_critic = table_critic(script, lambda e, obs, actions: heads[e](obs, actions).squeeze(-1), 2)
-    obs, next_obs = torch.full((3, 1), 2.0), torch.tensor([[0.0], [0.0], [-2.0]])
-    batch = script.Batch(obs, torch.zeros(3, 1), torch.tensor([1.0, 1.0, 4.0]), next_obs, torch.tensor([0.0, 1.0, 0.0]))
-    target_q, choice = agent.td_target(batch, torch.tensor([[[-1.0], [0.5], [1.0]]]).expand(3, 3, 1))
-    # s' = 0: minima -1, 2, 2 -> the first of the two; s' = -2: minima -1, .5, 0. (At s = 2 the third would win.)
-    assert choice.tolist() == [1, 1, 1]
-    assert target_q.tolist() == [1 + 0.5 * 2, 1, 4 + 0.5 * 0.5]
-
-
-def test_td_target_draws_a_fresh_subset_after_the_choice(script):
-    """Head 0 says Q = a, head 1 says -a, the minimum is over one. With one subset for both uses, the target would
-    always be +1, and with the minimum over both heads -1."""
-    agent = make_agent(script, action_dim=1, num_critics=2, num_min_critics=1, gamma=1.0)
-    signs = (1.0, -1.0)
-    agent.target_critic = table_critic(script, lambda e, obs, actions: signs[e] * actions.squeeze(-1), 2)
-    batch = make_batch(script, 6, action_dim=1)._replace(rewards=torch.zeros(6), terminations=torch.zeros(6))
-    targets = Counter()
-    for _ in range(400):
-        target_q, choice = agent.td_target(batch, torch.tensor([[[1.0], [-1.0]]]).expand(6, 2, 1))
-        assert len(set(target_q.tolist())) == 1 and len(set(choice.tolist())) == 1  # one subset for all rows
-        targets[target_q[0].item(), choice[0].item()] += 1
-    assert set(targets) == {(1.0, 0), (1.0, 1), (-1.0, 0), (-1.0, 1)}
-    assert 60 < min(targets.values()) and max(targets.values()) < 140  # 100 expected, standard deviation 9
+def test_a_new_agent(script):
+    """Both averages start equal to their networks. Alpha is --init-alpha, and its target entropy the scaled one."""
+    agent = script.Agent(3, 2, make_args(script, init_alpha=0.25))
+    for target, online in ((agent.target_critic, agent.critic), (agent.target_base_policy, agent.base_policy)):
+        assert same(target, snapshot(online))
+    assert agent.log_alpha.exp().item() == pytest.approx(0.25)
+    assert agent.target_entropy == pytest.approx(2 * (math.log(0.05) - 0.5))
 
 
 def test_entropy_backup_by_hand(script):
     """q = 0 and log(3)/2 at kappa 2: the choice has probabilities 1/4 and 3/4, its bonus is alpha log 4 or log 4/3."""
     rows = 20_000
     agent = make_agent(script, action_dim=1, gamma=0.5, backup="entropy", backup_kappa=2.0, backup_alpha=0.1)
-    agent.target_critic = table_critic(script, lambda e, obs, actions: math.log(3) / 2 * actions.squeeze(-1), 5)
+    agent.target_critic.random_min = lambda obs, actions, num: math.log(3) / 2 * actions.squeeze(-1)
     batch = make_batch(script, rows, action_dim=1)._replace(rewards=torch.full((rows,), 2.0))
     target_q, choice = agent.td_target(batch, torch.tensor([[[0.0], [1.0]]]).expand(rows, 2, 1))
     assert choice.float().mean().item() == pytest.approx(0.75, abs=0.015)  # five standard deviations
     by_choice = torch.tensor([0.1 * math.log(4), math.log(3) / 2 + 0.1 * math.log(4 / 3)])
     torch.testing.assert_close(target_q, 2 + 0.5 * (1 - batch.terminations) * by_choice[choice])
-
-
-# -------------------------------------------------------------------------------------------------------- losses
 
 
 def test_edit_dropout_is_for_the_edit_policys_own_loss(script):
@@ -89,6 +59,15 @@ def test_optimizers_are_the_published_ones(name):
         assert type(optimizer) is (torch.optim.AdamW if part == "base" else torch.optim.Adam)
         assert group["weight_decay"] == (1e-4 if part == "base" else 0)  # AdamW's own default is 1e-2
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.9, 0.999), 1e-8), part
+
+
+def test_learning_rates_of_base_and_edit_policy_end_at_zero(script):
+    agent = make_agent(script, lr_decay_steps=4)
+    optimizers = script.Optimizers(agent, agent.args)
+    for _ in range(6):
+        script.update(agent, optimizers, make_batch(script, 2, 8))
+    rates = [getattr(optimizers, part).param_groups[0]["lr"] for part in ("base", "edit", "critic", "alpha")]
+    assert rates == pytest.approx([0, 0, 3e-4, 3e-4], abs=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------- update()
@@ -169,7 +148,10 @@ def test_a_gradient_step_is_for_the_optimizers_own_parameters(script):
     others = [part for name, part in agent.named_children() if name != "edit_policy"]
     before, edit_policy = [snapshot(part) for part in others], snapshot(agent.edit_policy)
     log_alpha = agent.log_alpha.item()
-    loss, _, _ = agent.edit_policy_loss(batch)
+    torch.manual_seed(1)
+    loss, _, info = agent.edit_policy_loss(batch)
+    torch.manual_seed(1)
+    assert info["edit/abs_mean"] == agent.edit_policy(batch.obs, batch.actions)[0].abs().mean()
     assert torch.autograd.grad(loss, [agent.log_alpha], allow_unused=True, retain_graph=True) == (None,)
     script.gradient_step(optimizers.edit, loss)
     assert not same(agent.edit_policy, edit_policy)
