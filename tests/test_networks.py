@@ -106,9 +106,6 @@ def test_denoising_network_has_the_published_sizes_and_init(script):
             assert not layer.bias.any()
 
 
-# --------------------------------------------------------------------------------------------------- edit policy
-
-
 def test_edit_log_prob_is_finite_where_tanh_saturates(script):
     policy = make_agent(script, edit_scale=0.1).edit_policy
     torch.nn.init.constant_(policy.mean.bias, 200.0)

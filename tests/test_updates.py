@@ -10,8 +10,6 @@ import pytest
 import torch
 from conftest import EVERY_SCRIPT, make_agent, make_args, make_batch, same, snapshot
 
-# -------------------------------------------------------------------------------------------- targets and losses
-
 
 def test_a_new_agent(script):
     """Both averages start equal to their networks. Alpha is --init-alpha, and its target entropy the scaled one."""
