@@ -422,7 +422,7 @@ def next_candidates(agent: Agent, next_obs: Tensor) -> Tensor:
     with torch.autocast(device, torch.bfloat16, enabled=agent.args.precision == "bfloat16"):
         base_actions = [agent.base_actions(obs, agent.base_policy, num) for obs in parts]
         candidates = [agent.with_edits(obs, actions) for obs, actions in zip(parts, base_actions, strict=True)]
-    return torch.cat(candidates).to(next_obs.dtype).unflatten(0, next_obs.shape[:2])
+    return torch.cat(candidates).unflatten(0, next_obs.shape[:2])
 
 
 def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tensor]:

@@ -284,7 +284,7 @@ class Critic(nn.Module):
         return self(obs, actions, heads).amin(0)
 
 
-# ---- policy --------------------------------------------------------------------------------------------------------
+# ---- policy ----------------------------------------------------------------------------------------------------------
 class Agent(nn.Module):
     """All networks, the policy that draws one of N sampled actions, and the losses."""
 
@@ -340,7 +340,7 @@ class Agent(nn.Module):
     forward = drawn_actions  # agent(obs) acts
 
 
-# ---- updates -------------------------------------------------------------------------------------------------------
+# ---- updates ---------------------------------------------------------------------------------------------------------
 class Optimizers:
     """Adam with constant learning rates [dql code]."""
 

@@ -287,7 +287,7 @@ class Value(nn.Module):
         return self.output(x).squeeze(-1)
 
 
-# ---- best-of-N policy ----------------------------------------------------------------------------------------------
+# ---- best-of-N policy ------------------------------------------------------------------------------------------------
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
     """Squared difference q - v, weighted by `expectile` where v is too low and by 1 - `expectile` where too high."""
     weight = torch.where(difference > 0, expectile, 1 - expectile)
@@ -349,7 +349,7 @@ class Agent(nn.Module):
     forward = best_actions  # agent(obs) acts as in the run's evaluations
 
 
-# ---- updates -------------------------------------------------------------------------------------------------------
+# ---- updates ---------------------------------------------------------------------------------------------------------
 class Optimizers:
     """Adam for critics and V; weight decay and cosine decay for the base policy, as in EXPO."""
 

@@ -204,7 +204,7 @@ class Critic(nn.Module):
         return self(obs, actions, heads).amin(0)
 
 
-# ---- policy --------------------------------------------------------------------------------------------------------
+# ---- policy ----------------------------------------------------------------------------------------------------------
 class Agent(nn.Module):
     """All networks, the actor's two ways to act, and the losses."""
 
@@ -255,7 +255,7 @@ class Agent(nn.Module):
     forward = mode_actions  # agent(obs) acts as in the run's evaluations
 
 
-# ---- updates -------------------------------------------------------------------------------------------------------
+# ---- updates ---------------------------------------------------------------------------------------------------------
 class Optimizers:
     """Adam with constant learning rates for everything [rlpd code]."""
 
