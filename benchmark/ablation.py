@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
 import expo_flow
-from benchmark.grid import one_line_errors
+from tools import one_line_errors
 from utils.tasks import parse_args
 
 

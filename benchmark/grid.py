@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,6 @@ def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[
     if not (found := [run for run in found if only in run.name]):
         raise InputError(f"{path} has no run with {only!r} in its name (task/method/seedN)")
     return found
-
-
-def one_line_errors(main: Callable[..., Any], *args: Any) -> None:
-    """Calls a program's main function. Bad input is one line and exit code 2, as in the scripts."""
-    try:
-        main(*args)
-    except (OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

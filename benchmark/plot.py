@@ -19,7 +19,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds `benchmark` when this file is run
 
-from benchmark.grid import GIVEN, NEUTRAL, flag_values, one_line_errors, read_record
+from benchmark.grid import GIVEN, NEUTRAL, flag_values, read_record
+from tools import one_line_errors
 from utils import InputError
 
 # Okabe and Ito's colours, readable for the colour-blind. Lines and markers tell curves apart in black and white.
@@ -235,4 +236,4 @@ def main(
 
 
 if __name__ == "__main__":
-    one_line_errors(tyro.cli, main)
+    one_line_errors(lambda: tyro.cli(main))

@@ -21,8 +21,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds `benchmark` when this file is run
 
-from benchmark.grid import NEUTRAL, ROOT, Run, Work, one_line_errors, read_grid, read_record
+from benchmark.grid import NEUTRAL, ROOT, Run, Work, read_grid, read_record
 from benchmark.slurm import queue_runs
+from tools import one_line_errors
 from utils import InputError
 
 
@@ -114,4 +115,4 @@ def main(
 
 
 if __name__ == "__main__":
-    one_line_errors(tyro.cli, main)
+    one_line_errors(lambda: tyro.cli(main))

@@ -28,8 +28,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
-from benchmark.grid import ROOT, one_line_errors
+from benchmark.grid import ROOT
 from benchmark.naive import NaiveExpo
+from tools import one_line_errors
 from utils import InputError
 from utils.envs import make_env
 from utils.tasks import parse_args

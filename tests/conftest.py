@@ -26,7 +26,7 @@ TINY_RUN |= {"hidden_dim": 16, "hidden_layers": 2, "base_hidden_dim": 16, "base_
 TINY_RUN |= {"device": "cpu"}
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; the scripts would respect it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; a grid would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -82,7 +82,7 @@ def test_every_flag_has_a_help_text(name):
 
 RANGES = ["utd-ratio 0", "offline-ratio 1.5", "offline-ratio -0.1", "batch-size 1", "num-edit-samples -1", "tau nan"]
 RANGES += ["edit-scale 0", "critic-lr -1", "reward-scale nan", "reward-shift inf", "num-min-critics 99", "init-alpha 0"]
-RANGES += ["seed 99999999999999999999", "checkpoint-every 0", "heldout-share 1"]
+RANGES += ["seed 99999999999999999999", "checkpoint-every 0", "heldout-share 1", "hidden-layers 0", "base-expansion 0"]
 WRONG = {f"--{line}": f"--{line.split()[0]} " for line in RANGES}  # flags -> what their message says
 WRONG |= {"--utd-ration 4": "--utd-ration", "--utd-ratio many": "--utd-ratio", "--utd-ratio": "--utd-ratio"}
 WRONG |= {"--seed 1.5": "--seed", "--backup soft": "--backup", "--device tpu": "--device", "--task": "--task"}

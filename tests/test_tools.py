@@ -16,7 +16,7 @@ from conftest import ROOT, make_args
 
 import expo_diffusion
 from baselines import idql
-from tools import data, evaluate, run
+from tools import data, evaluate, one_line_errors
 from utils import InputError
 from utils.arrays import write_d4rl
 from utils.envs import make_env
@@ -32,7 +32,7 @@ def tool(monkeypatch, capsys):
     def call(module: Any, *words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
         try:
-            run(module.main)
+            one_line_errors(module.main)
         except SystemExit as stop:
             err = capsys.readouterr().err
             assert stop.code == 2 and err.startswith("error: ") and err.count("\n") == 1

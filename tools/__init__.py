@@ -13,16 +13,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help shows what there is)")
 
 
-def run(main: Callable[[], None]) -> None:
+def one_line_errors(main: Callable[[], None]) -> None:
     """main(), where bad input ends with one line on stderr and exit code 2."""
     try:
         main()
         sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # of `... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, FloatingPointError) as error:  # as the scripts do
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import Parser, run
+from tools import Parser, one_line_errors
 from utils import InputError, pointmaze, reason, sources
 from utils.arrays import write_d4rl
 from utils.data import find_file, read_dataset
@@ -259,4 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    one_line_errors(main)

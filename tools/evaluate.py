@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import Parser, run
+from tools import Parser, one_line_errors
 from utils import InputError, reason
 from utils.envs import make_env
 
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    one_line_errors(main)

@@ -1,7 +1,7 @@
 """What the scripts share besides the algorithm: offline data, environments, and the table of tasks."""
 
 
-class InputError(OSError, ValueError):
+class InputError(OSError):
     """Bad input: a flag, a file or an environment. The message is one line: what is wrong, and what to do about it."""
 
 

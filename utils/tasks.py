@@ -114,8 +114,8 @@ for name, env_name, about in (
 
 CHANGEABLE = ("total_timesteps", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "save_model")
 CHANGEABLE += ("capture_video", "track", "threads", "device", "compile")  # by --resume; others make another run
-POSITIVE = ("utd_ratio", "eval_every", "eval_episodes", "log_every", "action_repeat", "num_base_samples", "num_critics")
-POSITIVE += ("num_min_critics", "denoising_steps", "hidden_dim", "lr_decay_steps", "checkpoint_every")
+MAY_BE_0 = ("seed", "threads", "total_timesteps", "learning_starts", "pretrain_steps", "offline_steps", "base_blocks")
+MAY_BE_0 += ("max_episode_steps", "num_edit_samples", "num_target_samples")  # every other whole number is at least 1
 SHARES = ("offline_ratio", "gamma", "tau", "ema_rate", "edit_dropout", "expectile", "heldout_share")
 
 
@@ -190,7 +190,7 @@ def check_flags(flags: dict[str, Any]) -> None:
     high = dict.fromkeys(SHARES, 1) | dict(heldout_share=0.9, edit_scale=2, seed=2**31 - 1)
     high["num_min_critics"] = flags.get("num_critics", 1)
     for name, value in flags.items():
-        least, most = low.get(name, int(name in POSITIVE)), high.get(name, 1e30)
+        least, most = low.get(name, int(type(value) is int and name not in MAY_BE_0)), high.get(name, 1e30)
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most:g}" if value > most else f"at least {least:g}"
             raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
