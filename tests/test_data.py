@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import h5py
@@ -14,14 +13,16 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
+from tools.files import write_d4rl
 from utils import InputError, pointmaze
-from utils.arrays import Dataset, Transitions, write_d4rl
-from utils.data import find_file, load_dataset, read_dataset
+from utils.arrays import Dataset, Transitions
+from utils.data import load_dataset, read_dataset
 from utils.envs import make_env
 from utils.problems import find_problems
 from utils.robosuite_env import Robosuite
 from utils.tasks import OBS_KEYS, TASKS
 
+FILES = Path(__file__).parent / "data"  # small real ones: its README.md
 Tree = dict[str, Any]  # what is in a file: path -> array
 
 
@@ -149,6 +150,60 @@ def test_minari(tmp_path):
             assert np.array_equal(data.rows.next_obs[start:stop], expected[1:])
             assert (data.rows.rewards[start:stop] == i).all() and data.rows.terminations[start:stop].sum() == i % 2
         assert data.success is not None and data.success.tolist() == [i % 2 == 1 for i in range(11)]
+
+
+class Reach(gym.Env):
+    """The environment of the recorded files (tests/data/README.md): it moves by half of an action."""
+
+    metadata: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, kind: str):
+        parts = {"z": Box(-9, 9, (1,)), "a": gym.spaces.Tuple([Box(-9, 9, (2,)), Box(-9, 9, (1,))])}
+        spaces = {
+            "dict": gym.spaces.Dict([*parts.items()]),
+            "tuple": gym.spaces.Tuple([*parts["a"]]),
+            "plain": Box(-9, 9, (2,)),
+        }
+        self.observation_space, self.action_space = spaces[kind], Box(-2, 2, (2,), np.float32)
+
+
+@pytest.mark.parametrize(("kind", "x"), [("dict", slice(1, 3)), ("tuple", slice(0, 2)), ("plain", slice(0, 2))])
+def test_minaris_own_recorder(kind, x, monkeypatch):
+    """A2, by folder and by ID: a row is a step of the environment, and columns stand as Gymnasium flattens them."""
+    gym.register(f"Reach{kind.capitalize()}-v0", lambda kind: Reach(kind), max_episode_steps=8, kwargs={"kind": kind})
+    env = make_env(f"Reach{kind.capitalize()}-v0")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(FILES / "minari"))
+    data = read(FILES / f"minari/reach/{kind}-v0", env=env)
+    rows = load_dataset([f"minari:reach/{kind}-v0"], env)
+    assert all(np.array_equal(one, other) for one, other in zip(rows, data.rows, strict=True)) and data.notes == ()
+    assert rows.next_obs[:, x] == pytest.approx(rows.obs[:, x] + rows.actions, abs=1e-4)  # 2 / 2: [-1, 1] means +-2
+    near = np.abs(rows.obs[:, x]).max(axis=1)
+    assert kind == "plain" or rows.obs[:, 0 if kind == "dict" else 2] == pytest.approx(near)
+    assert kind != "dict" or rows.obs[:, 3] == pytest.approx(-near)
+    assert data.success is not None and data.success.tolist() == [True, False]
+    assert rows.terminations.nonzero()[0].tolist() == [data.episodes[0, 1] - 1]
+
+
+def test_data_of_another_environment():
+    """A3: Minari says which environment it recorded. Here it is another maze, at one simulator step a row."""
+    maze = make_env("PointMaze_UMaze-v3", "pointmaze-umaze", 24, 10)
+    wanted, notes = (
+        ("in PointMaze_Large-v3", "maze_map", "lasts 10"),
+        read(FILES / "minari/maze/large-v0", env=maze).notes,
+    )
+    assert len(notes) == 3 and all(words in note for words, note in zip(wanted, notes, strict=True))
+    assert read(FILES / "minari/maze/large-v0", env=make_env("PointMaze_Large-v3")).notes == ()
+    order: Any = gym.Wrapper(make_env("PointMaze_Large-v3"))
+    order.native_spaces = gym.spaces.Dict(position=Box(-9, 9, (8,))), Box(-1, 1, (2,))
+    assert "the environment's are position" in refused(FILES / "minari/maze/large-v0", env=order)
+
+
+def test_the_first_episodes_of_a_file(tmp_path):
+    path = write(tmp_path / "a.hdf5", d4rl())
+    whole, two = read(path), read(Path(f"{path}:2"))
+    assert two.episodes.tolist() == [[0, 3], [3, 4]] and np.array_equal(two.rows.obs, whole.rows.obs[:4])
+    assert two.success is not None and two.success.tolist() == [True, False]
+    assert "the first 4 episodes are asked for; it has 3" in refused(f"{path}:4")
 
 
 def test_robomimic(tmp_path):
@@ -293,6 +348,9 @@ NOWHERE = [
     ("arrow", "is a folder without a Minari data set in HDF5 format"),
     ("generated:pointmaze-huge", "generated:pointmaze-medium"),
     ("robomimic:fly/ph", "lift/ph"),
+    ("robomimic:lift/ph:10", "run: python tools/data.py download robomimic:lift/ph"),
+    ("mimicgen:stack", "stack_d0, stack_d1, threading_d0"),
+    ("mimicgen:stack_d0", "run: python tools/data.py download mimicgen:stack_d0"),
     *((f"minari:{name}", "no name of a data set") for name in ("../../etc", "a//b", "/etc/passwd", "")),
     ("minari:D4RL/door/human-v2", "run: python tools/data.py download minari:D4RL/door/human-v2"),
     ("d4rl:door-human-v1", "door-human-v1.hdf5); run: python tools/data.py download d4rl:door-human-v1"),
@@ -324,15 +382,28 @@ def test_group_layouts_that_do_not_fit(tmp_path):
 
 def test_robomimic_data_of_another_task_or_controller(tmp_path):
     """A4, without the simulator: only its name and its controller matter here."""
-    env = Robosuite.__new__(Robosuite)
-    env.name, env.arm, env.observation_space = "Lift", {"kp": 150, "output_max": 1}, Box(-1, 1, (19,))
+    env: Any = Robosuite.__new__(Robosuite)
+    with h5py.File(FILES / "robomimic-lift.hdf5") as file:
+        recorded = json.loads(file["data"].attrs["env_args"])
+    arm = recorded["env_kwargs"]["controller_configs"]["body_parts"]["right"]
+    env.name, env.arm, env.spec, env.observation_space = "Lift", arm, None, Box(-1, 1, (19,))
     env.action_space, path = Box(-1, 1, (7,)), tmp_path / "a.hdf5"
-    arm = {"controller_configs": {"body_parts": {"right": {"kp": 300}}}}
-    for changed in ({"control_freq": 10}, {"reward_shaping": True}, {"control_delta": False}, arm, {"env_name": "Can"}):
-        write(path, robomimic(), env_args=json.dumps({"env_kwargs": changed}))
-        assert "it was recorded with" in refused(path, env=env)
-    data = read(write(path, robomimic(), env_args=json.dumps({"env_name": "Lift"})), env=env)
-    assert data.rows.rewards.tolist() == data.rows.terminations.tolist() == [0, 1, 0, 0] * 6
+    data = read(FILES / "robomimic-lift.hdf5", env=env)
+    assert data.rows.obs.shape == (96, 19) and data.rows.terminations.nonzero()[0].tolist() == [25]
+    assert data.success is not None and data.success.tolist() == [True, False] and data.episodes[0].tolist() == [0, 26]
+    changes = [{"control_freq": 10}, {"reward_shaping": True}, {"control_delta": False}, {"robots": ["Sawyer"]}]
+    changes += [{"gripper_types": "WipingGripper"}, {"controller_configs": {"type": "JOINT_POSITION"}}]
+    for part in ({"kp": 300}, {"input_type": "absolute"}):
+        changes.append({"controller_configs": {"body_parts": {"right": arm | part}}})
+    words = ["control_freq 10", "reward_shaping True", "control_delta False", "robots ['Sawyer']"]
+    words += ["gripper_types Wiping", "type JOINT_POSITION", "kp 300", "input_type absolute"]
+    for changed, said in zip(changes, words, strict=True):
+        write(path, robomimic(), env_args=json.dumps({"env_kwargs": recorded["env_kwargs"] | changed}))
+        assert f"it was recorded with {said}" in refused(path, env=env)
+    assert "recorded with env_name Can" in refused(write(path, robomimic(), env_args='{"env_name": "Can"}'), env=env)
+    for same in ({}, {"env_kwargs": {"robots": "Panda", "controller_configs": {"type": "OSC_POSE", "damping": 1}}}):
+        data = read(write(path, robomimic(), env_args=json.dumps(same)), env=env)
+        assert data.rows.rewards.tolist() == data.rows.terminations.tolist() == [0, 1, 0, 0] * 6
 
 
 @pytest.mark.parametrize("maze, pinned", [("umaze", "9c1d7ee7"), ("medium", "fe9acd47"), ("large", "c6df1e6b")])
@@ -340,8 +411,7 @@ def test_generated_data(maze, pinned):
     """Every number of the quickstart's data is pinned; it fits its environment, and its flags fit each other."""
     name, digest = f"pointmaze-{maze}", hashlib.sha256()
     keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "infos/success")
-    with h5py.File(find_file(f"generated:{name}")) as file:
-        obs, actions, _, next_obs, terminals, timeouts, success = arrays = [np.asarray(file[key]) for key in keys]
+    obs, actions, _, next_obs, terminals, timeouts, success = arrays = [pointmaze.generate(name)[key] for key in keys]
     for array in arrays:
         digest.update(array.tobytes())
     assert mujoco.__version__ != "3.11.0" or digest.hexdigest()[:8] == pinned  # another version may round otherwise
@@ -354,23 +424,5 @@ def test_generated_data(maze, pinned):
     assert data.dropped == 0 and data.success is not None and 0.1 < data.success.mean() < 0.6
     env.reset(seed=0)  # the first episode again
     assert all(np.array_equal(env.step(actions[row])[0], next_obs[row]) for row in range(5))
-    with pytest.raises(InputError, match=f"--action-repeat 5: generated:{name} was made with 10"):
-        find_file(f"generated:{name}", make_env(TASKS[name].env_id, name, limit, 5))
-
-
-def test_generated_data_is_made_once_and_by_two_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("EXPO_CACHE_DIR", str(tmp_path / "new"))
-    context = multiprocessing.get_context("fork")
-    both, generate = context.Barrier(2), pointmaze.generate
-    monkeypatch.setattr(pointmaze, "generate", lambda *args: (generate(*args), both.wait(60))[0])
-    processes = [context.Process(target=pointmaze.demonstrations, args=("pointmaze-umaze", None, 2)) for _ in "12"]
-    for process in processes:
-        process.start()
-    assert [(process.join(), process.exitcode) for process in processes] == [(None, 0)] * 2
-    (path,) = (tmp_path / "new").iterdir()  # one whole file, and no leftover
-    monkeypatch.setattr(pointmaze, "generate", lambda *_: pytest.fail("made again"))
-    assert pointmaze.demonstrations("pointmaze-umaze", None, 2) == path and len(read(path).episodes) == 2
-    monkeypatch.setattr(pointmaze, "generate", lambda *_: {})
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("EXPO_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert "cannot be written" in refused("generated:pointmaze-umaze")
+    other = make_env(TASKS[name].env_id, name, limit, 5)
+    assert f"generated:{name}: --action-repeat 5: it is made with 10" in refused(f"generated:{name}", env=other)

@@ -1,7 +1,10 @@
 """Commands for people: tools/data.py and tools/evaluate.py."""
 
+import contextlib
+import hashlib
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import minari
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_args
+from minari.storage import remotes
+from minari.storage.remotes.cloud_storage import CloudStorage
 
 import expo_diffusion
 from baselines import idql
 from tools import data, evaluate, one_line_errors
-from utils import InputError
-from utils.arrays import write_d4rl
+from tools.files import write_d4rl
+from utils import InputError, sources
+from utils.data import read_dataset
 from utils.envs import make_env
 from utils.tasks import TASKS
 
+FILES = Path(__file__).parent / "data"
 CONTENT, counts = bytes(range(256)) * 4000, {}
 
 
@@ -62,7 +70,7 @@ def test_list(tool, tmp_path, monkeypatch):
     (tmp_path / "door-human-v1.hdf5").write_bytes(bytes(1500))
     out = tool(data, "list")
     assert all(f"{name}: {task.about}" in out for name, task in TASKS.items())
-    assert f"1.5 kB at {tmp_path}" in out and "not here; from http://rail.eecs.berkeley.edu" in out
+    assert f"1.5 kB at {tmp_path}" in out and "not here; from https://rail.eecs.berkeley.edu" in out
 
 
 def test_inspect(tool, ant_file):
@@ -107,7 +115,8 @@ download nothing | neither a task nor a word
 generate ogbench-cube-billion | is unknown
 generate pointmaze-umaze --episodes -1 | cannot be negative
 replay nowhere.hdf5 --task pointmaze-umaze | only these can be set
-replay generated:pointmaze-umaze --task antmaze-umaze | observations are 8 wide"""
+replay generated:pointmaze-umaze --task antmaze-umaze | tools/data.py generate pointmaze-umaze
+replay tests/data/d4rl-pen.hdf5 --task antmaze-umaze | observations are 45 wide"""
 
 
 def test_commands(tool, monkeypatch):
@@ -116,7 +125,7 @@ def test_commands(tool, monkeypatch):
         words, expected = line.split(" | ")
         assert expected in tool(data, *words.split()), line
     path = Path(tool(data, "generate", "pointmaze-umaze", "--episodes", 2, "--seed", 3).strip())
-    assert path.name == "pointmaze-umaze-2x24x10-seed3.hdf5" and path.exists()
+    assert path.name == "pointmaze-umaze-2-seed3.hdf5" and path.exists()
     command = f"{sys.executable} tools/data.py list | head -n 1; exit ${{PIPESTATUS[0]}}"  # nobody reads the rest
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
@@ -156,14 +165,57 @@ def test_download(tool, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=words):
             data.fetch(wrong, path)
     monkeypatch.setenv("OGBENCH_DATA_DIR", str(path.parent))
-    monkeypatch.setattr("utils.sources.OGBENCH", address)
+    monkeypatch.setitem(sources.SOURCES, "ogbench", ("OGBENCH_DATA_DIR", "", address))
     for _ in range(2):
         assert tool(data, "download", "ogbench:scene-play-v0").strip() == str(path.parent / "scene-play-v0.npz")
     assert counts["scene-play-v0.npz"] == 1
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setitem(sys.modules, "minari", None)
-    assert "pip install" in tool(data, "download", "minari:D4RL/door/human-v2") and not (tmp_path / "minari").exists()
+    for digest, words in ((hashlib.sha256(CONTENT).hexdigest(), ""), ("0" * 64, "its SHA-256 is")):  # B11
+        monkeypatch.setattr(data, "checksums", lambda digest=digest: {"/good": digest})
+        with contextlib.nullcontext() if not words else pytest.raises(InputError, match=words):
+            data.fetch(address + "good", path)
+        path.unlink(missing_ok=True)
     server.shutdown()
+
+
+class Near(CloudStorage):
+    """Minari's network layer, with a folder in place of the network."""
+
+    def __init__(self, name, token=None):
+        self.folder = FILES / "minari"
+
+    def list_datasets(self, prefix=None):
+        return [f"reach/{path.name}" for path in (self.folder / "reach").iterdir()]
+
+    def get_dataset_metadata(self, dataset_id):
+        return json.loads((self.folder / dataset_id / "data" / "metadata.json").read_text())
+
+    def download_dataset(self, dataset_id, path):
+        shutil.copytree(self.folder / dataset_id, path / dataset_id)
+
+    def download_namespace_metadata(self, namespace, path):
+        (path / namespace).mkdir(parents=True, exist_ok=True)
+        (path / namespace / "namespace_metadata.json").write_text("{}")
+
+    def list_namespaces(self):
+        return ["reach"]
+
+    upload_dataset = upload_namespace = None
+
+
+def test_minari_download(tool, tmp_path, monkeypatch):
+    """B1: with the package's own code. A wrong name leaves nothing behind."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setenv("MINARI_REMOTE", "near://by")
+    monkeypatch.setitem(remotes._registry, "near", lambda: Near)
+    assert "could not be downloaded (ValueError" in tool(data, "download", "minari:reach/none-v0")
+    assert not (tmp_path / "reach").exists()
+    path = tool(data, "download", "minari:reach/dict-v0").splitlines()[-1]
+    assert Path(path).exists() and len(read_dataset(["minari:reach/dict-v0"]).episodes) == 2
+    monkeypatch.setattr(minari, "download_dataset", lambda name: (tmp_path / "reach/arrow-v0/data").mkdir(parents=True))
+    for words in ("but not in HDF5", "has no data in HDF5"):  # downloaded now, and there already
+        assert words in tool(data, "download", "minari:reach/arrow-v0")
+    monkeypatch.setitem(sys.modules, "minari", None)
+    assert "pip install" in tool(data, "download", "minari:reach/tuple-v0")
 
 
 @pytest.mark.parametrize(("script", "file"), [(expo_diffusion, "agent.pt"), (idql, "checkpoint.pt")])

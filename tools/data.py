@@ -11,6 +11,7 @@ FILE may also be a word of --dataset, such as d4rl:door-human-v1 or generated:po
 """
 
 import argparse
+import hashlib
 import http.client
 import os
 import shutil
@@ -29,9 +30,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools import Parser, one_line_errors
+from tools.files import own_folder, write_d4rl
 from utils import InputError, pointmaze, reason, sources
-from utils.arrays import write_d4rl
-from utils.data import find_file, read_dataset
+from utils.data import find_file, read_dataset, split_count
 from utils.envs import make_env
 from utils.problems import find_problems
 from utils.tasks import TASKS
@@ -44,9 +45,9 @@ def list_tasks() -> None:
         print(f"{name}: {task.about}  (settings: {task.source})")
         for spec in task.dataset:
             if spec.startswith("generated:"):
-                print(f"    {spec:<34} made at its first use")
+                print(f"    {spec:<34} made at the start of a run")
                 continue
-            path, address = sources.locate(spec)
+            path, address = sources.locate(split_count(spec)[0])
             here = f"{human_size(path.stat().st_size)} at {path}" if path.exists() else f"not here; from {address}"
             print(f"    {spec:<34} {here}")
 
@@ -119,11 +120,14 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Makes a data set if it is not in the cache, and prints its path."""
+    """Makes a data set, writes it to a file, and prints the file's path."""
     if min(args.episodes, args.seed, args.processes, args.steps) < 0:
         raise InputError("--episodes, --seed, --processes and --steps cannot be negative")
     if not args.name.startswith("ogbench-"):
-        print(pointmaze.demonstrations(args.name, None, args.episodes or 60, args.seed))
+        pointmaze.check_name(args.name)
+        path = own_folder() / f"{args.name}-{args.episodes or 60}-seed{args.seed}.hdf5"
+        write_d4rl(path, pointmaze.generate(args.name, args.episodes or 60, args.seed), {"task": args.name})
+        print(path)
         return
     from tools import ogbench_oracle
 
@@ -139,20 +143,23 @@ def download(name: str) -> None:
     for spec in TASKS[name].dataset if name in TASKS else (name,):
         kind = spec.partition(":")[0]
         if kind == "generated":
-            path = find_file(spec)
-        elif ":" in spec and kind in ("d4rl", "minari", "ogbench", "robomimic"):
-            path, address = sources.locate(spec)
-            if kind == "minari" and not path.exists():
-                download_minari(spec.partition(":")[2], path)
-            elif not path.exists():
-                fetch(address, path)
-        else:
+            print(f"{spec} is made at the start of a run: there is nothing to download")
+            continue
+        if ":" not in spec or kind not in sources.SOURCES:
             raise InputError(f"{name!r} is neither a task nor a word of --dataset; see `python tools/data.py list`")
+        path, address = sources.locate(split_count(spec)[0])
+        if kind == "minari" and not path.exists():
+            download_minari(spec.partition(":")[2], path)
+        elif not path.exists():
+            fetch(address, path)
         print(path)
 
 
 def fetch(address: str, path: Path, timeout: float = 30, pause: float = 2) -> None:
-    """Downloads `address` to `path`, whole or not at all. A connection that breaks off is tried again."""
+    """Downloads `address` to `path`, whole or not at all. A connection that breaks off is tried again.
+
+    The file must have the checksum of tools/checksums.tsv, where that lists one.
+    """
     if urlsplit(address).scheme not in ("http", "https"):
         raise InputError(f"{address} is not an http address")
     temporary, wrong = path.with_name(f"{path.name}.{os.getpid()}.part"), ""
@@ -166,6 +173,10 @@ def fetch(address: str, path: Path, timeout: float = 30, pause: float = 2) -> No
             time.sleep(pause * attempt)
             try:
                 fetch_once(address, temporary, timeout)
+                with open(temporary, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != next((known for end, known in checksums().items() if address.endswith(end)), digest):
+                    raise OSError(f"its SHA-256 is {digest[:8]}..., not the published one")
                 os.replace(temporary, path)
                 return
             except urllib.error.HTTPError as error:
@@ -180,6 +191,12 @@ def fetch(address: str, path: Path, timeout: float = 30, pause: float = 2) -> No
         temporary.unlink(missing_ok=True)
     wrong = " ".join(wrong.split())
     raise InputError(f"{address} could not be downloaded ({wrong}); put the file at {path}")
+
+
+def checksums() -> dict[str, str]:
+    """End of an address -> SHA-256."""
+    lines = (Path(__file__).parent / "checksums.tsv").read_text().splitlines()
+    return {end: digest for digest, end in (line.split("\t") for line in lines if not line.startswith("#"))}
 
 
 def fetch_once(address: str, path: Path, timeout: float) -> None:

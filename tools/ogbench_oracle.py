@@ -17,8 +17,8 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+from tools.files import own_folder
 from utils import InputError
-from utils.arrays import cache_dir
 
 KINDS = {  # the package's env id, and the oracles for the targets that occur in it
     "cube-single": ("cube-single-v0", ("cube",)),
@@ -45,7 +45,7 @@ def generate(name: str, episodes: int, seed: int = 0, processes: int = 0, steps:
         import ogbench  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("OGBench's oracles need its package: pip install -r requirements-ogbench.txt") from None
-    path = cache_dir() / "ogbench" / f"{name}-play-{episodes}x{steps}-seed{seed}.npz"
+    path = own_folder() / "ogbench" / f"{name}-play-{episodes}x{steps}-seed{seed}.npz"
     if path.exists():
         return path
     processes = min(processes or os.cpu_count() or 1, episodes)

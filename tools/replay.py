@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from utils import InputError
 from utils.arrays import Arrays, check, numbers
-from utils.data import find_ends, find_file, read_file
+from utils.data import find_ends, find_file, read
 from utils.envs import make_env
 from utils.tasks import TASKS
 
@@ -73,7 +73,7 @@ def replay(file: str, task: str, count: int = 2_000, seed: int = 0) -> dict[str,
 def read_rows(path: Path, state: tuple[str, ...]) -> Arrays:
     """Checked flat arrays of a file, its `state` arrays, and the first row of the episode of every row."""
     try:
-        rows = read_file(path)
+        rows = read(path)
         if state:
             with h5py.File(path, "r") as file:
                 rows |= {f"infos/{key}": numbers(file, f"infos/{key}") for key in state}

@@ -1,8 +1,6 @@
-"""Offline data in memory, and its arrays in files: read with one-line errors, checked, written whole or not at all."""
+"""Offline data in memory, and its arrays in files, read and checked with one-line errors."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
@@ -30,6 +28,7 @@ class Dataset:
     episodes: np.ndarray  # (m, 2) the first row of each episode, and one past its last
     success: np.ndarray | None  # (m,) bool, or None where the file does not say
     dropped: int  # rows of the file that were left out because their successor is not in it
+    notes: tuple[str, ...] = ()  # what the files say about another environment that they were recorded in
 
 
 @np.errstate(over="ignore")  # too large for float32: `check` finds the infinity
@@ -68,25 +67,3 @@ def check(arrays: Arrays) -> None:
             row, first = bad.any(axis=1).argmax(), value.reshape(n, -1)[bad][0]
             raise InputError(f"{key!r} has {bad.sum():,} values that are not finite, the first {first} in row {row:,}")
         arrays[key] = value.reshape(n) if key in FLAGS else value
-
-
-def cache_dir() -> Path:
-    """Where generated data lies: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
-    return Path(os.environ.get("EXPO_CACHE_DIR") or Path.home() / ".cache" / "expo").expanduser()
-
-
-def write_d4rl(path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
-    """Writes an HDF5 file of D4RL's layout. Two processes may do it at once: each puts a whole file there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w", track_order=True) as file:
-            file.attrs.update(attributes)
-            for key, value in arrays.items():
-                file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None, track_times=False)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({reason(error)}); EXPO_CACHE_DIR names another") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()

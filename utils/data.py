@@ -45,10 +45,17 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
     relabel = env.get_wrapper_attr("relabel") if env is not None and env.has_wrapper_attr("relabel") else None
     parts: list[Dataset] = []
     for spec in specs:
-        path = find_file(spec, env)
+        name, count = split_count(spec)
+        path = name if name.startswith("generated:") else find_file(name)
         try:
-            part = to_dataset(read_file(path, env, obs_keys), relabel)
-            part.rows = part.rows if env is None else fit(part.rows, env)
+            part = to_dataset(read(path, env, obs_keys), relabel)
+            part = first_episodes(part, count) if count else part
+            if env is not None:
+                part.rows = fit(part.rows, env)
+            if env is not None and isinstance(path, Path):
+                from utils.problems import recorded_elsewhere
+
+                part.notes = recorded_elsewhere(path, env)
             if parts and part.rows.obs.shape[1:] != parts[0].rows.obs.shape[1:]:
                 raise InputError(f"observations are {part.rows.obs.shape[1]} wide, those of {specs[0]} are not")
         except InputError as error:
@@ -61,21 +68,34 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
     episodes = np.concatenate([part.episodes + offset for part, offset in zip(parts, offsets, strict=False)])
     known = [part.success for part in parts if part.success is not None]
     success = np.concatenate(known) if len(known) == len(parts) else None
-    return Dataset(rows, episodes, success, sum(part.dropped for part in parts))
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return Dataset(rows, episodes, success, sum(part.dropped for part in parts), notes)
 
 
-def find_file(spec: str, env: gym.Env | None = None) -> Path:
-    """The file behind a path or a word of --dataset. `generated:` data is made here; nothing is downloaded."""
-    kind, _, name = spec.partition(":")
-    if kind == "generated":
-        from utils import pointmaze
+def split_count(spec: str) -> tuple[str, int]:
+    """FILE:10 means the first 10 episodes of FILE, and FILE alone means all of them, which is 0 here."""
+    name, _, count = spec.rpartition(":")
+    return (name, int(count)) if name and count.isdigit() and int(count) else (spec, 0)
 
-        return pointmaze.demonstrations(name, env)
-    if kind in ("d4rl", "minari", "ogbench", "robomimic"):
+
+def first_episodes(data: Dataset, count: int) -> Dataset:
+    """The first `count` episodes, in the order of the file."""
+    if len(data.episodes) < count:
+        raise InputError(f"the first {count:,} episodes are asked for; it has {len(data.episodes):,}")
+    rows = Transitions(*(column[: data.episodes[count - 1, 1]] for column in data.rows))
+    success = None if data.success is None else data.success[:count]
+    return Dataset(rows, data.episodes[:count], success, data.dropped, data.notes)
+
+
+def find_file(spec: str) -> Path:
+    """The file behind a path or a word of --dataset. Nothing is downloaded."""
+    if spec.partition(":")[0] in ("d4rl", "minari", "ogbench", "robomimic", "mimicgen"):
         from utils import sources
 
         return sources.find(spec)
     path, missing = Path(spec).expanduser(), "no such file"
+    if spec.startswith("generated:"):
+        missing = f"it is made in memory; to get a file: python tools/data.py generate {spec.partition(':')[2]}"
     if path.is_dir():
         path, missing = path / "data" / "main_data.hdf5", "is a folder without a Minari data set in HDF5 format"
     if not path.exists():
@@ -83,8 +103,12 @@ def find_file(spec: str, env: gym.Env | None = None) -> Path:
     return path
 
 
-def read_file(path: Path, env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Arrays:
-    """The flat arrays of a file of any layout, not yet checked."""
+def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Arrays:
+    """The flat arrays of a file of any layout, not yet checked; "generated:NAME" is made here."""
+    if isinstance(path, str):
+        from utils import pointmaze
+
+        return pointmaze.demonstrations(path.partition(":")[2], env)
     kind = "npz" if zipfile.is_zipfile(path) else "HDF5"
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:

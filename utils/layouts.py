@@ -42,23 +42,29 @@ def read_minari(file: Any, env: gym.Env | None) -> Arrays:
 
 
 def minari_observations(group: Any, env: gym.Env | None, rows: int) -> np.ndarray:
-    """Observations (rows, O) of an episode. Those of a Dict space are joined in the environment's order, or by name."""
+    """Observations (rows, O) of an episode. Parts of a Dict or Tuple stand in the environment's order, or by name."""
     item = group.get("observations")
     if not isinstance(item, h5py.Group):
         return numbers(group, "observations", rows)
     names: list[str] = []
     item.visititems(lambda name, child: names.append(name) if isinstance(child, h5py.Dataset) else None)
     names.sort(key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name.replace("/", "\0"))])
-    order = leaves(env.get_wrapper_attr("native_spaces")[0]) if env and env.has_wrapper_attr("native_spaces") else names
-    names = order if set(order) == set(names) else names
+    order = leaves(env.get_wrapper_attr("native_spaces")[0]) if env and env.has_wrapper_attr("native_spaces") else [""]
+    if order != [""] and set(order) != set(names):  # [""]: a plain Box
+        raise InputError(f"observations have the parts {', '.join(names)}; the environment's are {', '.join(order)}")
+    names = names if order == [""] else order
     return np.concatenate([numbers(item, name, rows).reshape(rows, -1) for name in names], axis=1)
 
 
 def leaves(space: gym.Space, path: str = "") -> list[str]:
-    """Names of the parts of a Dict space, in its own order; with a slash where one lies in another."""
-    if not isinstance(space, gym.spaces.Dict):
+    """Names that Minari gives to the parts of a Dict or Tuple space, in the order in which Gymnasium flattens them."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = list(space.items())
+    elif isinstance(space, gym.spaces.Tuple):
+        parts = [(f"_index_{i}", part) for i, part in enumerate(space)]
+    else:
         return [path]
-    return [leaf for key, part in space.items() for leaf in leaves(part, f"{path}/{key}".strip("/"))]
+    return [leaf for key, part in parts for leaf in leaves(part, f"{path}/{key}".strip("/"))]
 
 
 def read_robomimic(data: Any, env: gym.Env | None, obs_keys: Sequence[str]) -> Arrays:

@@ -1,44 +1,44 @@
-"""The quickstart's demonstrations in gymnasium-robotics' PointMaze: made here in seconds, nothing is downloaded.
+"""The quickstart's demonstrations in gymnasium-robotics' PointMaze: made at every start in seconds, and kept nowhere.
 
 A controller walks shortest paths between the centres of cells. Sometimes it makes a detour, or walks to another cell
 and stops there. Every episode has a speed of its own, and the actions carry correlated noise.
 """
 
 import collections
-from pathlib import Path
+import functools
 
 import gymnasium as gym
 import numpy as np
 
 from utils import InputError
-from utils.arrays import Arrays, cache_dir, write_d4rl
+from utils.arrays import Arrays
 from utils.envs import make_env
 from utils.tasks import MAZES, TASKS
 
 
-def demonstrations(name: str, env: gym.Env | None = None, num_episodes: int = 60, seed: int = 0) -> Path:
-    """The file of the task `name` in the cache, the same for the same seed. It is made if it is not there.
-
-    `env` is where the rows will be used: an action must last as long there as it did here.
-    """
-    known = [task for task in TASKS if task.startswith("pointmaze-")]
-    if name not in known:
-        raise InputError(f"generated:{name} is unknown (known: {', '.join(f'generated:{task}' for task in known)})")
-    limit, repeat = (TASKS[name].settings[key] for key in ("max_episode_steps", "action_repeat"))
+def demonstrations(name: str, env: gym.Env | None = None) -> Arrays:
+    """The data of the task `name`. `env` is where it will be used: an action must last as long there as it did here."""
+    check_name(name)
+    repeat = TASKS[name].settings["action_repeat"]
     there = env.get_wrapper_attr("repeat") if env is not None and env.has_wrapper_attr("repeat") else repeat
     if there != repeat:
-        raise InputError(f"--action-repeat {there}: generated:{name} was made with {repeat}; its actions are others")
-    path = cache_dir() / f"{name}-{num_episodes}x{limit}x{repeat}-seed{seed}.hdf5"
-    if not path.exists():
-        arrays = generate(make_env(TASKS[name].env_id, name, limit, repeat), name.partition("-")[2], num_episodes, seed)
-        write_d4rl(path, arrays, {"task": name, "seed": seed, "num_episodes": num_episodes})
-    return path
+        raise InputError(f"--action-repeat {there}: it is made with {repeat}; its actions are others")
+    return dict(generate(name))
 
 
-def generate(env: gym.Env, maze: str, num_episodes: int, seed: int) -> Arrays:
-    """Demonstrations as flat arrays under D4RL's keys: observations are 8 wide, actions 2."""
+def check_name(name: str) -> None:
+    known = [task for task in TASKS if task.startswith("pointmaze-")]
+    if name not in known:
+        raise InputError(f"no such task (known: {', '.join(f'generated:{task}' for task in known)})")
+
+
+@functools.cache
+def generate(name: str, num_episodes: int = 60, seed: int = 0) -> Arrays:
+    """Demonstrations as flat arrays under D4RL's keys (observations 8 wide, actions 2), the same for the same seed."""
+    limit, repeat = (TASKS[name].settings[key] for key in ("max_episode_steps", "action_repeat"))
+    env = make_env(TASKS[name].env_id, name, limit, repeat)
     rng = np.random.default_rng(seed)
-    grid = np.array([list(row) for row in MAZES[maze].split()])
+    grid = np.array([list(row) for row in MAZES[name.partition("-")[2]].split()])
     start, goal = (tuple(map(int, np.argwhere(grid == letter)[0])) for letter in "rg")
     cells = [(int(row), int(col)) for row, col in np.argwhere(grid == "0")]
     rows = []

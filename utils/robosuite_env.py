@@ -72,12 +72,14 @@ class Robosuite(gym.Env):
         """Raises InputError where a robomimic file's `env_args` say that its actions or rewards mean another thing."""
         settings = env_args.get("env_kwargs") or {}
         controller = settings.get("controller_configs") or {}
-        controller = (controller.get("body_parts") or {}).get("right") or controller  # robosuite 1.5, or before
-        here = dict(env_name=self.name, control_freq=20, reward_shaping=False, control_delta=True, input_type="delta")
-        here |= dict(kp=self.arm["kp"], output_max=self.arm["output_max"])
-        for key, value in (controller | settings | env_args).items():
-            if value != here.get(key, value):
-                raise InputError(f"it was recorded with {key} {value}; the task has {here[key]}")
+        arm = (controller.get("body_parts") or {}).get("right") or controller  # robosuite 1.5, or before
+        recorded = arm | settings | {"env_name": env_args.get("env_name", self.name)}
+        here = self.arm | dict(env_name=self.name, robots="Panda", gripper_types="default", control_freq=20)
+        here |= dict(reward_shaping=False, control_delta=True)
+        del here["input_ref_frame"]  # "base" and "world" are the same for this arm
+        for key, value in here.items():
+            if recorded.get(key, value) not in (value, [value]):
+                raise InputError(f"it was recorded with {key} {recorded[key]}; the task has {value}")
 
     def relabel(self, arrays: Arrays) -> Arrays:
         """Demonstrations up to their first success, which is terminal; what follows it cannot happen here."""

@@ -5,17 +5,33 @@ import re
 from pathlib import Path
 
 from utils import InputError
-from utils.arrays import cache_dir
 
-D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-OGBENCH = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
-FOLDERS = {"d4rl": ("D4RL_DATASET_DIR", ".d4rl/datasets"), "ogbench": ("OGBENCH_DATA_DIR", ".ogbench/data")}
-FOLDERS |= {"minari": ("MINARI_DATASETS_PATH", ".minari/datasets")}
-ROBOMIMIC = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/v1.5/"
+# Kind of data -> the variable that names its folder, the usual folder, and the address (not for Minari's own package).
+# Those of Hugging Face name the revision that was the newest in November 2026.
+RAIL, HUGGING_FACE = "https://rail.eecs.berkeley.edu/datasets/", "https://huggingface.co/datasets/"
+ROBOMIMIC = "robomimic/robomimic_datasets/resolve/74fa018461f479cd9fd15b924a16103012096203/v1.5/"
+MIMICGEN = "amandlek/mimicgen_datasets/resolve/33016f8a62c02334f929f2913af8fdd2a8a129e1/core/"
+SOURCES = {
+    "d4rl": ("D4RL_DATASET_DIR", ".d4rl/datasets", RAIL + "offline_rl/"),
+    "minari": ("MINARI_DATASETS_PATH", ".minari/datasets", ""),
+    "ogbench": ("OGBENCH_DATA_DIR", ".ogbench/data", RAIL + "ogbench/"),
+    "robomimic": ("EXPO_CACHE_DIR", ".cache/expo", HUGGING_FACE + ROBOMIMIC),
+    "mimicgen": ("EXPO_CACHE_DIR", ".cache/expo", HUGGING_FACE + MIMICGEN),
+}
 
 
-def d4rl_files() -> dict[str, str]:
-    """Name of a D4RL data set -> its path under the address."""
+def known_files(kind: str) -> dict[str, str]:
+    """Name of a data set -> its path under the address; empty where any name is allowed."""
+    if kind == "robomimic":
+        return {
+            f"{t}/{data}": f"{t}/{data}/low_dim_v15.hdf5" for t in ("lift", "can", "square") for data in ("ph", "mh")
+        }
+    if kind == "mimicgen":
+        return {
+            name: f"{name}.hdf5" for name in ("stack_d0", "stack_d1", "threading_d0", "threading_d1", "threading_d2")
+        }
+    if kind != "d4rl":
+        return {}
     files = {
         "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
         "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5",
@@ -35,23 +51,17 @@ def d4rl_files() -> dict[str, str]:
 
 
 def locate(spec: str) -> tuple[Path, str]:
-    """Where the data of one word lies (or would lie) on this machine, and its address. Minari's has no address."""
+    """Where the data of one word lies (or would lie) on this machine, and its address."""
     kind, _, name = spec.partition(":")
-    robomimic = [f"{task}/{data}" for task in ("lift", "can", "square") for data in ("ph", "mh")]
-    files = d4rl_files() if kind == "d4rl" else {name: f"{name}/low_dim_v15.hdf5" for name in robomimic}
-    if kind in ("d4rl", "robomimic") and name not in files:
+    variable, usual, address = SOURCES[kind]
+    files = known_files(kind)
+    if files and name not in files:
         raise InputError(f"{spec} is unknown (known: {', '.join(files)})")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name.split("/"):
         raise InputError(f"{spec} is no name of a data set (as in minari:D4RL/door/human-v2)")
-    if kind == "robomimic":
-        return cache_dir() / "robomimic" / files[name], ROBOMIMIC + files[name]
-    variable, usual = FOLDERS[kind]
-    folder = Path(os.environ.get(variable) or Path.home() / usual).expanduser()
-    if kind == "d4rl":
-        return folder / Path(files[name]).name, D4RL + files[name]
-    if kind == "ogbench":
-        return folder / f"{name}.npz", f"{OGBENCH}{name}.npz"
-    return folder / name / "data" / "main_data.hdf5", ""
+    path = files.get(name, f"{name}.npz" if kind == "ogbench" else f"{name}/data/main_data.hdf5")
+    here = Path(path).name if kind == "d4rl" else f"{kind}/{path}" if variable == "EXPO_CACHE_DIR" else path
+    return Path(os.environ.get(variable) or Path.home() / usual).expanduser() / here, address and address + path
 
 
 def find(spec: str) -> Path:
