@@ -190,8 +190,7 @@ class DenoisingNetwork(nn.Module):
 
     def forward(self, noisy_actions: Tensor, obs: Tensor, time_code: Tensor) -> Tensor:
         x = torch.cat([noisy_actions, obs], dim=-1)
-        # One Linear on [noisy action, obs, time code], as two products: while sampling, all rows share one time code,
-        # and copying it to every row would cost more than its product.
+        # One Linear on [noisy action, obs, time code], as two products: while sampling, all rows share one time code.
         x_weight, time_weight = self.input.weight.split([x.shape[-1], time_code.shape[-1]], dim=1)
         x = F.linear(x, x_weight) + F.linear(time_code, time_weight, self.input.bias)
         return self.output(F.silu(self.blocks(x)))
@@ -396,8 +395,7 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
             for first in tqdm(range(0, args.eval_episodes, len(envs)), desc=kind, leave=False, disable=None):
                 running = dict(zip(range(first, args.eval_episodes), envs, strict=False))  # episode -> environment
                 obs = [env.reset(seed=episode_seed(args.seed, 1, i))[0] for i, env in running.items()]
-                while running:
-                    # Ended episodes keep their row: torch.compile wants batches of one shape.
+                while running:  # ended episodes keep their row: torch.compile wants batches of one shape
                     actions = act(torch.as_tensor(np.stack(obs), device=device)).cpu().numpy()
                     for i, env in list(running.items()):
                         obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
@@ -528,8 +526,7 @@ def main(args: Args) -> None:
             setattr(agent, name, torch.compile(getattr(agent, name), options={"fallback_random": True}))
     policies = {"eval/": agent.drawn_actions}
     # Offline updates have steps below 0, so that step 1 is the first environment step in every plot.
-    state: dict[str, Any] = {"step": -args.offline_steps - 1, "episode": 0}
-    state["log"] = {"bytes": 0, "seconds": 0.0, "sums": {}}
+    state: dict[str, Any] = {"step": -args.offline_steps - 1, "episode": 0, "log": dict(bytes=0, seconds=0, sums={})}
     if (folder / "checkpoint.pt").exists():
         state = load(folder / "checkpoint.pt", agent, optimizers, buffer)
     first, saved, episode = state["step"] + 1, state["step"], state["episode"]
@@ -586,12 +583,15 @@ def main(args: Args) -> None:
     eval_envs[0].close()  # completes its last video
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
-    print(f"done: {folder}")
+    print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps}")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args(Args, __doc__))
-    except (OSError, FloatingPointError) as error:  # bad input, a full disk, a loss that is not finite
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, FloatingPointError, RuntimeError) as error:  # bad input, a full disk, a loss that is not finite
+        hint = "; use --no-compile" if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) else ""
+        if isinstance(error, RuntimeError) and not hint:
+            raise
+        print(f"error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
         sys.exit(2)

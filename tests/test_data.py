@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
+from demonstrations import pointmaze
 from tools.files import write_d4rl
-from utils import InputError, pointmaze
+from utils import InputError
 from utils.arrays import Dataset, Transitions
 from utils.data import load_dataset, read_dataset
 from utils.envs import make_env

@@ -80,8 +80,8 @@ def test_what_lies_between_the_definitions_is_the_same():
         extra = set(definitions(source_of(name))) ^ set(definitions(first))
         assert extra == ({"load_base_policy"} if name == "expo_finetune" else set())
     for name in BASELINES:
-        assert between(source_of(name))[-6:] == between(first)[-6:]
-    assert between(first)[-6] == 'if __name__ == "__main__":'
+        assert between(source_of(name))[-9:] == between(first)[-9:]
+    assert between(first)[-9] == 'if __name__ == "__main__":'
 
 
 @pytest.mark.parametrize("other, most", [("expo_flow", 50), ("expo_finetune", 60)])

@@ -117,15 +117,17 @@ def test_bad_environments():
         assert str(error.value) == f"environment 'Scripted-v0', step 2 of an episode: {words}"
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].env_id])
 def test_a_row_of_the_table(name):
     """Its environment is made, or one line says what to install."""
     try:
         env = task_env(name)
     except InputError as error:
-        assert name.startswith(("ogbench", "robomimic")) and "(pip install -r requirements-" in str(error)
+        advice = "NVlabs/mimicgen" if name.startswith("mimicgen") else "pip install -r requirements-"
+        assert name.startswith(("ogbench", "robomimic", "mimicgen")) and advice in str(error)
         return
     limits = {"antmaze-umaze": 700, "antmaze": 1000, "adroit-pen": 100, "adroit": 200, "robomimic": 400}
+    limits |= {"mimicgen-stack": 200, "mimicgen": 400}
     limit = next((limit for prefix, limit in limits.items() if name.startswith(prefix)), env.spec.max_episode_steps)
     assert env.spec.max_episode_steps == limit
     assert env.reset(seed=1)[0].tolist() == env.reset(seed=1)[0].tolist() != env.reset(seed=2)[0].tolist()
@@ -136,11 +138,14 @@ def test_published_settings():
     names = ("edit_scale", "num_min_critics", "reward_shift", "learning_starts", "edit_dropout", "total_timesteps")
     published = {"antmaze": (0.05, 1, -1, 5000, 0, 300_000), "adroit": (0.7, 2, -1, 0, 0.1, 300_000)}
     published |= {"robomimic-square": (0.05, 2, 0, 5000, 0, 150_000), "robomimic": (0.05, 2, 0, 5000, 0, 120_000)}
-    published |= {"ogbench": (0.1, 2, 0, 5000, 0, 500_000)}
+    published |= {"ogbench": (0.1, 2, 0, 5000, 0, 500_000), "mimicgen": (0.05, 2, 0, 5000, 0, 200_000)}
     everywhere = dict(utd_ratio=20, batch_size=256, num_critics=10, gamma=0.99, tau=0.005, num_base_samples=8)
     everywhere |= dict(num_edit_samples=8, denoising_steps=10, offline_steps=0, reward_scale=1, hidden_dim=256)
     finetune = {"antmaze": (500_000, 0.05, 0), "adroit": (20_000, 0.05, 2000), "robomimic": (200_000, 0.1, 0)}
-    for name in (name for name in TASKS if not name.startswith("pointmaze")):
+    finetune |= {"mimicgen": (200_000, 0.05, 0)}
+    data = {"robomimic-lift": ":10", "mimicgen-stack": ":200", "mimicgen-threading": ":50"}  # demonstrations
+    assert all(TASKS[name].dataset[0].endswith(end) for name, end in data.items())
+    for name in (name for name in TASKS if not name.startswith("pointmaze") and TASKS[name].env_id):
         args = vars(Args()) | TASKS[name].settings
         expected = next(values for prefix, values in published.items() if name.startswith(prefix))
         assert tuple(args[key] for key in names) == expected and args.items() >= everywhere.items(), name

@@ -4,6 +4,8 @@ import ast
 import contextlib
 import importlib
 import inspect
+import runpy
+import sys
 import textwrap
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_SCRIPT, make_agent, make_args, make_batch
+from conftest import EVERY_SCRIPT, ROOT, make_agent, make_args, make_batch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -134,6 +137,19 @@ def compile_as_main_does(script: Any, agent: Any) -> None:
     blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "args.compile"]
     assert len(blocks) == 1
     exec(ast.unparse(blocks[0]), {"args": SimpleNamespace(compile=True), "agent": agent, "torch": torch})
+
+
+def test_what_the_compiler_raises_is_one_line(monkeypatch, capsys):
+    """B7, with the compiler's own exception. Any other RuntimeError is a fault of ours, and shows its traceback."""
+    errors = iter([BackendCompilerFailed(print, ValueError("no Python.h\nat line 3"), None), RuntimeError("ours")])
+    monkeypatch.setattr(sys, "argv", ["expo_diffusion.py"])
+    monkeypatch.setattr("utils.envs.make_env", lambda *_: (_ for _ in ()).throw(next(errors)))
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "expo_diffusion.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert err.startswith("error: backend=") and err.endswith("; use --no-compile\n") and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="ours"):
+        runpy.run_path(str(ROOT / "expo_diffusion.py"), run_name="__main__")
 
 
 @pytest.mark.slow

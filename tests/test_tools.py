@@ -109,7 +109,7 @@ def test_replay(tool, ant_file):
 BAD = """
  | --help shows
 inspect nowhere.hdf5 | nowhere.hdf5: no such file
-inspect nowhere.hdf5 --task antmaze | --task 'antmaze' is unknown (known: pointmaze-umaze
+inspect nowhere.hdf5 --task antmaze | --task 'antmaze' is unknown (known: laptop, pointmaze-umaze
 thin tests/test_tools.py new.hdf5 --episodes 2 | not a complete HDF5 file
 download nothing | neither a task nor a word
 generate ogbench-cube-billion | is unknown

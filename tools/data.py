@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from demonstrations import pointmaze
 from tools import Parser, one_line_errors
 from tools.files import own_folder, write_d4rl
-from utils import InputError, pointmaze, reason, sources
+from utils import InputError, reason, sources
 from utils.data import find_file, read_dataset, split_count
 from utils.envs import make_env
 from utils.problems import find_problems

@@ -106,7 +106,7 @@ def find_file(spec: str) -> Path:
 def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Arrays:
     """The flat arrays of a file of any layout, not yet checked; "generated:NAME" is made here."""
     if isinstance(path, str):
-        from utils import pointmaze
+        from demonstrations import pointmaze
 
         return pointmaze.demonstrations(path.partition(":")[2], env)
     kind = "npz" if zipfile.is_zipfile(path) else "HDF5"
@@ -122,6 +122,8 @@ def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] =
             return layouts.read_minari(file, env) if "episode_" in keys else layouts.read_ogbench(file)
     except InputError:
         raise
+    except BlockingIOError:
+        raise InputError("another program has it open to write; close it there first") from None
     except Exception as error:  # h5py, zipfile and numpy raise a dozen kinds of exception for a damaged file
         raise InputError(f"not a complete {kind} file ({reason(error)})") from error
 

@@ -16,6 +16,7 @@ from utils.tasks import TASKS
 
 # This project's own environments are expo/AntMaze... and so on. Each simulator's module registers its own.
 SIMULATORS = {"AntMaze": "antmaze", "Adroit": "adroit", "OGBench": "ogbench_env", "Robomimic": "robosuite_env"}
+SIMULATORS |= {"MimicGen": "robosuite_env"}
 
 
 def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_keys=(), render_mode=None) -> gym.Env:

@@ -13,15 +13,19 @@ import gymnasium as gym
 
 from utils import InputError, reason
 
-INSTALL = {"ogbench": "requirements-ogbench.txt", "gymnasium_robotics": "requirements.txt"}
-INSTALL |= {"robosuite": "requirements-robomimic.txt, into a virtual environment of its own: docs/data.md"}
+INSTALL = {  # what to do where a package is missing
+    "ogbench": "pip install -r requirements-ogbench.txt",
+    "gymnasium_robotics": "pip install -r requirements.txt",
+    "robosuite": "pip install -r requirements-robomimic.txt, into a virtual environment of its own: docs/data.md",
+    "mimicgen": "from github.com/NVlabs/mimicgen, because PyPI's is another package: docs/data.md",
+}
 
 
 def failure(error: Exception, where: str) -> InputError:
     """The exception to raise instead of `error`; `where` is the environment, and what it was asked to do."""
     package = str(getattr(error, "name", "")).partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in INSTALL:
-        return InputError(f"{where} needs a package that is missing: {package} (pip install -r {INSTALL[package]})")
+        return InputError(f"{where} needs a package that is missing: {package} ({INSTALL[package]})")
     if isinstance(error, InputError | gym.error.Error | ModuleNotFoundError):
         return InputError(f"{where}: {' '.join(str(error).split())}")
     library = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")

@@ -74,8 +74,9 @@ def read_robomimic(data: Any, env: gym.Env | None, obs_keys: Sequence[str]) -> A
     episodes, demos, obs_keys = [], numbered(data, "demo_"), obs_keys or OBS_KEYS
     successors = ["next_obs"] if all("next_obs" in demo for demo in demos) else []  # else the last row of each has none
     for demo in demos:
-        if "obs" not in demo and "states" in demo:
-            raise InputError(f"{demo.name} has states but no observations; run robomimic's dataset_states_to_obs.py")
+        lacks = [key for key in ("obs", "rewards", "dones") if key not in demo]
+        if lacks and "states" in demo:
+            raise InputError(f"{demo.name} has states but no {lacks[0]!r}; run robomimic's dataset_states_to_obs.py")
         episode = {"actions": numbers(demo, "actions")}
         steps = len(episode["actions"])
         for name, group in zip(("observations", "next_observations"), ("obs", *successors), strict=False):

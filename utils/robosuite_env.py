@@ -1,7 +1,8 @@
 """robomimic's tasks (lift, can, square) on robosuite 1.5, with the observations that robomimic's files store.
 
-It needs a virtual environment of its own: requirements-robomimic.txt. The first success has reward 1 and ends the
-episode, because the demonstrations stop soon after it. Any other step has reward 0. An action lasts .05 s.
+The package mimicgen adds its tasks to robosuite. It all needs a virtual environment of its own: docs/data.md. The first
+success has reward 1 and ends the episode, because the demonstrations stop soon after it. Any other step has reward 0.
+An action lasts .05 s.
 """
 
 import logging
@@ -24,6 +25,8 @@ class Robosuite(gym.Env):
 
     def __init__(self, name: str, obs_keys: Sequence[str] = OBS_KEYS, render_mode: str | None = None):
         logging.disable(logging.WARNING)  # robosuite's hints about its own settings
+        if name.endswith("_D0"):
+            import mimicgen  # noqa: F401  # pyright: ignore[reportMissingImports]
         import robosuite  # pyright: ignore[reportMissingImports]
         from robosuite.controllers import load_composite_controller_config  # pyright: ignore[reportMissingImports]
 
@@ -91,7 +94,11 @@ class Robosuite(gym.Env):
         return {key: value[keep] for key, value in arrays.items()}
 
 
-for _name, _robosuite in (("Lift", "Lift"), ("Can", "PickPlaceCan"), ("Square", "NutAssemblySquare")):
-    gym.register(
-        f"expo/Robomimic{_name}-v1", f"{__name__}:Robosuite", max_episode_steps=400, kwargs={"name": _robosuite}
-    )
+for _id, _name, _limit in (
+    ("RobomimicLift", "Lift", 400),
+    ("RobomimicCan", "PickPlaceCan", 400),
+    ("RobomimicSquare", "NutAssemblySquare", 400),
+    ("MimicGenStack", "Stack_D0", 200),
+    ("MimicGenThreading", "Threading_D0", 400),
+):
+    gym.register(f"expo/{_id}-v1", f"{__name__}:Robosuite", max_episode_steps=_limit, kwargs={"name": _name})

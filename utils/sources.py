@@ -22,31 +22,20 @@ SOURCES = {
 
 def known_files(kind: str) -> dict[str, str]:
     """Name of a data set -> its path under the address; empty where any name is allowed."""
+    files = {}
     if kind == "robomimic":
-        return {
-            f"{t}/{data}": f"{t}/{data}/low_dim_v15.hdf5" for t in ("lift", "can", "square") for data in ("ph", "mh")
-        }
+        names = [f"{task}/{data}" for task in ("lift", "can", "square") for data in ("ph", "mh")]
+        return {name: f"{name}/low_dim_v15.hdf5" for name in names}
     if kind == "mimicgen":
-        return {
-            name: f"{name}.hdf5" for name in ("stack_d0", "stack_d1", "threading_d0", "threading_d1", "threading_d2")
-        }
-    if kind != "d4rl":
-        return {}
-    files = {
-        "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
-        "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5",
-        "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
-    }
-    for task in ("pen", "door", "relocate", "hammer"):
-        for kind in ("human", "cloned", "expert"):
-            files[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1.hdf5"
-    for task in ("halfcheetah", "hopper", "walker2d", "ant"):
-        for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
-            files[f"{task}-{kind}-v2"] = f"gym_mujoco_v2/{task}_{kind.replace('-', '_')}-v2.hdf5"
-    for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
-        maze = {"u": "u-maze", "m": "big-maze", "l": "hardest-maze"}[name[0]]
-        flags = f"multistart_{name != 'umaze'}_multigoal_{'diverse' in name}"
-        files[f"antmaze-{name}-v2"] = f"ant_maze_v2/Ant_maze_{maze}_noisy_{flags}_sparse_fixed.hdf5"
+        return {name: f"{name}.hdf5" for name in ("stack_d0", "stack_d1", "threading_d0", "threading_d1")}
+    if kind == "d4rl":  # those that an environment here fits; others can be read from a path
+        for task in ("pen", "door", "relocate", "hammer"):
+            for data in ("human", "cloned", "expert"):
+                files[f"{task}-{data}-v1"] = f"hand_dapg_v1/{task}-{data}-v1.hdf5"
+        for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+            maze = {"u": "u-maze", "m": "big-maze", "l": "hardest-maze"}[name[0]]
+            flags = f"multistart_{name != 'umaze'}_multigoal_{'diverse' in name}"
+            files[f"antmaze-{name}-v2"] = f"ant_maze_v2/Ant_maze_{maze}_noisy_{flags}_sparse_fixed.hdf5"
     return files
 
 

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module, util
 from pathlib import Path
+from sysconfig import get_path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -41,21 +42,21 @@ MAZES = {  # rows from the top; 1 wall, r start, g goal
     "111111111111",
 }
 
-# The quickstart is ours, and sized for a laptop without a GPU. Networks this small gain little from a second thread.
-QUICKSTART = (
+# Sizes for a laptop without a GPU, which are ours. Networks this small gain little from a second thread.
+LAPTOP = (
     dict(hidden_dim=64, hidden_layers=2, base_hidden_dim=64, base_blocks=1, base_expansion=2, num_critics=4)
     | dict(utd_ratio=4, batch_size=128, num_base_samples=4, num_edit_samples=4, denoising_steps=5)
-    | dict(total_timesteps=600, eval_every=100, eval_episodes=20, log_every=50, checkpoint_every=500, threads=1)
+    | dict(total_timesteps=2_000, eval_every=200, eval_episodes=20, log_every=50, checkpoint_every=500, threads=1)
     # Imitation and critics learn from the demonstrations first: success falls to 0 while untrained critics choose.
     | dict(pretrain_steps=3_000, offline_steps=1_500, learning_starts=0)
-    # 10 at the goal, 0 before it. With -1 per step, the critics prefer what they do not know yet. One action changes a
-    # value by a share of 1 - gamma: at .99 this is less than the error of small critics. Hence also the long actions.
-    | dict(reward_scale=10.0, gamma=0.96, action_repeat=10)
     # Value travels back by one action in 1 / tau updates. With .02, success on the large maze was 0 for 300 steps.
     | dict(tau=0.05, ema_rate=0.005)  # the second averages 200 updates, because a run has only thousands
-    | dict(critic_lr=6e-4, edit_scale=0.2, init_alpha=0.1)  # found on this maze: docs/expo_diffusion.md
 )
-TASKS: dict[str, Task] = {}
+QUICKSTART = LAPTOP | dict(total_timesteps=600, eval_every=100, critic_lr=6e-4, edit_scale=0.2, init_alpha=0.1)
+# 10 at the goal, 0 before it. With -1 per step, the critics prefer what they do not know yet. One action changes a
+# value by a share of 1 - gamma: at .99 this is less than the error of small critics. Hence also the long actions.
+QUICKSTART |= dict(reward_scale=10.0, gamma=0.96, action_repeat=10)
+TASKS: dict[str, Task] = {"laptop": Task("", (), "small networks, short runs: give --env-id and --dataset", LAPTOP)}
 for name, env_name, limit, more, about in (
     ("umaze", "UMaze", 24, {}, "a U-shaped corridor, the easiest maze"),
     ("medium", "Medium", 43, {}, "the quickstart: minutes on a laptop CPU"),
@@ -94,14 +95,16 @@ for name, about in (
 
 OBS_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 ROBOMIMIC = dict(edit_scale=0.05, eval_every=10_000, eval_episodes=50, pretrain_steps=200_000, obs_keys=OBS_KEYS)
-for name, kind, steps, about in (
-    ("lift", "ph", 120_000, "an arm lifts a cube"),  # published with the first 10 demonstrations alone
-    ("can", "mh", 120_000, "an arm puts a can into its bin"),
-    ("square", "ph", 150_000, "an arm puts a square nut on its peg"),
+for name, env_name, data, steps, finetune_scale, about in (  # :10 is the first 10 demonstrations
+    ("robomimic-lift", "RobomimicLift", "robomimic:lift/ph:10", 120_000, 0.1, "an arm lifts a cube"),
+    ("robomimic-can", "RobomimicCan", "robomimic:can/mh", 120_000, 0.1, "an arm puts a can into its bin"),
+    ("robomimic-square", "RobomimicSquare", "robomimic:square/ph", 150_000, 0.1, "an arm puts a square nut on its peg"),
+    ("mimicgen-stack", "MimicGenStack", "mimicgen:stack_d0:200", 200_000, 0.05, "an arm stacks two cubes"),
+    ("mimicgen-threading", "MimicGenThreading", "mimicgen:threading_d0:50", 200_000, 0.05, "an arm threads a needle"),
 ):
-    env_id, kwargs, settings = f"expo/Robomimic{name.capitalize()}-v1", dict(obs_keys=OBS_KEYS), ROBOMIMIC.copy()
-    data, settings["total_timesteps"] = (f"robomimic:{name}/{kind}",), steps
-    TASKS[f"robomimic-{name}"] = Task(env_id, data, about, settings, dict(edit_scale=0.1), kwargs, "published")
+    settings, kwargs = ROBOMIMIC | dict(total_timesteps=steps), dict(obs_keys=OBS_KEYS)
+    finetune = dict(edit_scale=finetune_scale)
+    TASKS[name] = Task(f"expo/{env_name}-v1", (data,), about, settings, finetune, kwargs, "published")
 
 OGBENCH = dict(edit_scale=0.1, eval_every=25_000, total_timesteps=500_000)  # ours, not tuned
 for name, env_name, about in (
@@ -154,7 +157,9 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
     changed = [f"--{key.replace('_', '-')}" for key in flags if vars(args)[key] != flags[key] and key not in CHANGEABLE]
     if run_dir and changed:
         raise InputError(f"--resume {run_dir}: {', '.join(changed)} cannot change; start a new run for that")
-    if name and "--env-id" in changed:
+    if name and not flags["env_id"]:  # "laptop": sizes alone
+        args.task = ""
+    elif name and "--env-id" in changed:
         raise InputError(f"--task {name} is {flags['env_id']}; give --env-id and --dataset without --task")
     check_flags(vars(args))
     return args
@@ -195,7 +200,7 @@ def check_flags(flags: dict[str, Any]) -> None:
             bound = f"at most {most:g}" if value > most else f"at least {least:g}"
             raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
     given, found, cuda = flags.get, util.find_spec, lambda: import_module("torch").cuda.is_available()
-    compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
+    compiler = any(map(shutil.which, ("g++", "clang++", "c++"))) and Path(get_path("include"), "Python.h").exists()
     run_files = [Path(given("run_dir") or ".", name) for name in ("args.json", "metrics.csv")]
     holds_run = given("run_dir") and not given("resume") and any(p.exists() and p.stat().st_size for p in run_files)
     for wrong, problem in (
@@ -203,7 +208,10 @@ def check_flags(flags: dict[str, Any]) -> None:
         (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
         (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
         (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
-        (given("compile") and not compiler, "--compile needs a C++ compiler (Debian: apt install g++ python3-dev)"),
+        (
+            given("compile") and not compiler,
+            "--compile needs a C++ compiler and Python.h (Debian: apt install g++ python3-dev)",
+        ),
         (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
         (given("capture_video") and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),
     ):

@@ -1,4 +1,4 @@
-"""The quickstart's demonstrations in gymnasium-robotics' PointMaze: made at every start in seconds, and kept nowhere.
+"""The quickstart's demonstrations in gymnasium-robotics' PointMaze.
 
 A controller walks shortest paths between the centres of cells. Sometimes it makes a detour, or walks to another cell
 and stops there. Every episode has a speed of its own, and the actions carry correlated noise.
