@@ -81,7 +81,7 @@ class Args:
     reward_shift: float = 0.0  # added to the rewards after they are scaled
     # ---- the algorithm
     pretrain_steps: int = 500_000  # imitation updates of the base policy alone, before everything else
-    pretrained: str = ""  # folder of a run made with --save-model: take its base policy, and do not pretrain
+    pretrained: str = ""  # folder of a run made with --save-model: take its base policy [ours 8], and do not pretrain
     heldout_share: float = 0.0  # share of the data, at its end, that pretraining does not see, for a held-out loss
     learning_starts: int = 0  # environment steps with uniform random actions before anything is trained online
     offline_steps: int = 0  # [ours 3] updates on offline rows alone, before the first environment step

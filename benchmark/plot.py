@@ -144,7 +144,8 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
             cells += [number([reached(curve, level)[0] for curve in found]) for level in (0.5, 0.8, 0.9)]
             cells += [number([reached(curve, 0.9)[1] for curve in found])]
         for metric in metrics:
-            last = [curve.values[-1] for curve in curves(seeds[method], metric).values()]
+            key = metric.replace("eval/", "eval/base_") if method == "base_alone" else metric
+            last = [curve.values[-1] for curve in curves(seeds[method], key).values()]
             cells.append(f"{np.median(last):.3g}" if last else "-")
         rows.append(cells)
     return markdown([*head, *(f"{metric}, last" for metric in metrics)], rows)
@@ -225,7 +226,8 @@ def main(
         shown[task] = {name: by_seed for name, by_seed in parts.items() if by_seed}
         if not shown[task]:
             raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")
-        print(f"\n{task}, {key}\n\n{table(shown[task], success, by_method, metrics)}")
+        solved = ("eval/solved_share",) if task.startswith("adroit") else ()  # the metric of the paper there
+        print(f"\n{task}, {key}\n\n{table(shown[task], success, by_method, (*solved, *metrics))}")
         if len({tuple(by_seed) for by_seed in parts.values()}) > 1:
             print(f"warning: {task}: not all methods have the same seeds\n")
         for name, by_seed in shown[task].items() if per_seed else ():

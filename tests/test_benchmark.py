@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,11 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys):
     values = np.random.default_rng(1).random((5, 3))
     copies = np.sort(np.repeat(values, 4, axis=0), axis=0)  # every value four times: the quartiles fall between copies
     np.testing.assert_allclose(plot.interquartile_mean(values), copies[5:15].mean(0))
+    for path in tmp_path.glob("maze/expo_flow/*/metrics.csv"):
+        path.write_text(path.read_text() + "500,15.0,eval/solved_share,0.25\n")
+    shutil.copytree(tmp_path / "maze", tmp_path / "adroit" / "adroit-pen-binary")
+    plot.main((tmp_path / "adroit",), methods=("expo_flow",))
+    assert re.search(r"eval/solved_share, last \|\n.*\n.* 13 \| 0.25 \|\n", capsys.readouterr().out)
     # Single runs are named by their flags. Returns stand in for success.
     write_results(tmp_path, "x", {1: [1.0, 3.0], 2: [1.0, 3.0]}, "eval/return")
     folders = tuple(sorted(tmp_path.glob("maze/x/*")))
