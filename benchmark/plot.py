@@ -103,7 +103,8 @@ def area(curve: Curve) -> float:
     """The mean over the environment steps of the run: area under the curve by its length."""
     if len(curve.steps) < 2:
         return float(curve.values.mean())
-    return float(np.trapezoid(curve.values, curve.steps) / (curve.steps[-1] - curve.steps[0]))
+    middles = (curve.values[1:] + curve.values[:-1]) / 2
+    return float((middles * np.diff(curve.steps)).sum() / (curve.steps[-1] - curve.steps[0]))
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ def test_a_task_of_ones_own_works_as_its_page_says(tmp_path, monkeypatch):
     for name, text in zip(("my_task.py", "record.py"), blocks(page, "python"), strict=True):
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    record, look, train, _ = commands(page)
+    _, look, train, _ = commands(page)
     subprocess.run([sys.executable, "record.py"], cwd=tmp_path, check=True)
     assert start(look, tmp_path).split() == blocks(page, "text")[0].split()
     hdf5 = look.replace("npz", "hdf5")

@@ -156,7 +156,9 @@ def test_the_quickstart_loads_little_of_utils(tmp_path, monkeypatch):
     loaded = in_a_process(code, tmp_path).splitlines()[-1].split()[1:]
     paths = [ROOT / "utils" / "__init__.py", *(ROOT / f"{name.replace('.', '/')}.py" for name in loaded)]
     assert {"utils.data", "utils.envs", "utils.tasks"} <= set(loaded)
-    assert not {"utils.antmaze", "utils.adroit", "utils.ogbench_env", "utils.robosuite_env"} & set(loaded)
+    assert not {"utils.antmaze", "utils.adroit", "utils.ogbench_env", "utils.robosuite_env", "utils.fetch_env"} & set(
+        loaded
+    )
     assert sum(len(path.read_text().splitlines()) for path in paths) <= 700, loaded
 
 

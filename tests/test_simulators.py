@@ -145,7 +145,7 @@ def test_published_settings():
     finetune |= {"mimicgen": (200_000, 0.05, 0)}
     data = {"robomimic-lift": ":10", "mimicgen-stack": ":200", "mimicgen-threading": ":50"}  # demonstrations
     assert all(TASKS[name].dataset[0].endswith(end) for name, end in data.items())
-    for name in (name for name in TASKS if not name.startswith("pointmaze") and TASKS[name].env_id):
+    for name in (name for name in TASKS if not name.startswith(("pointmaze", "fetch", "laptop"))):
         args = vars(Args()) | TASKS[name].settings
         expected = next(values for prefix, values in published.items() if name.startswith(prefix))
         assert tuple(args[key] for key in names) == expected and args.items() >= everywhere.items(), name
@@ -191,7 +191,7 @@ def test_antmaze_ends_at_the_goal_and_not_at_a_fall():
         ant.relabel({**rows, "rewards": np.array([-1, 0], np.float32)})
 
 
-@pytest.mark.parametrize("name", adroit.WIDTHS)
+@pytest.mark.parametrize("name", ["pen", "door", "relocate", "hammer"])
 def test_adroit_success_is_read_off_the_observation(name):
     """States around the goal, where the simulator says now yes and now no."""
     env, rng, seen = task_env(f"adroit-{name}-binary"), np.random.default_rng(0), set()
@@ -252,6 +252,7 @@ def test_real_rows_and_simulators_agree(monkeypatch):
         result = replay(str(DATA / f"{file}.hdf5"), task, 60)
         assert np.median(result["error"]) < 1e-2 and result["success"].mean() >= 0.99
     ants = str(DATA / "d4rl-antmaze.hdf5")
-    right = np.median(replay(ants, "antmaze-umaze", 60)["error"])
+    right, new = np.median(replay(ants, "antmaze-umaze", 60)["error"]), mujoco.mj_version() >= 3_011_000  # pyright: ignore
+    assert right < (1e-4 if new else 2e-2)  # contacts were others before: docs/data.md
     monkeypatch.setattr(antmaze, "MAX_TORQUE", 31.5)  # motors that are 5 % stronger would be noticed
-    assert right < 1e-4 and np.median(replay(ants, "antmaze-umaze", 60)["error"]) > 20 * right
+    assert not new or np.median(replay(ants, "antmaze-umaze", 60)["error"]) > 20 * right

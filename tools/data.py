@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demonstrations import pointmaze
+import demonstrations
 from tools import Parser, one_line_errors
 from tools.files import own_folder, write_d4rl
 from utils import InputError, reason, sources
-from utils.data import find_file, read_dataset, split_count
+from utils.data import read_dataset
 from utils.envs import make_env
 from utils.problems import find_problems
 from utils.tasks import TASKS
@@ -48,7 +48,7 @@ def list_tasks() -> None:
             if spec.startswith("generated:"):
                 print(f"    {spec:<34} made at the start of a run")
                 continue
-            path, address = sources.locate(split_count(spec)[0])
+            path, address = sources.locate(sources.split_count(spec)[0])
             here = f"{human_size(path.stat().st_size)} at {path}" if path.exists() else f"not here; from {address}"
             print(f"    {spec:<34} {here}")
 
@@ -86,7 +86,7 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"  terminations  {int(rows.terminations.sum()):,}")
     print(f"  returns       {' / '.join(f'{value:.4g}' for value in spread[1])} (least, median, most)")
     print(f"  success       {success}")
-    print("  problems      " + ("\n                ".join(find_problems(data, env)) or "none found"))
+    print("  problems      " + ("\n                ".join(find_problems(data, env, [args.file])) or "none found"))
 
 
 def thin(file: str, out: Path, episodes: int, seed: int) -> None:
@@ -95,7 +95,7 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
         raise InputError(f"{out} is there already; choose another name")
     from tools.replay import read_rows
 
-    path = find_file(file)
+    path = sources.find_file(file)
     ends = read_rows(path, ())["ends"]
     number = np.cumsum(ends) - ends  # of the episode that each row belongs to
     total = int(number[-1]) + 1
@@ -125,9 +125,10 @@ def generate(args: argparse.Namespace) -> None:
     if min(args.episodes, args.seed, args.processes, args.steps) < 0:
         raise InputError("--episodes, --seed, --processes and --steps cannot be negative")
     if not args.name.startswith("ogbench-"):
-        pointmaze.check_name(args.name)
-        path = own_folder() / f"{args.name}-{args.episodes or 60}-seed{args.seed}.hdf5"
-        write_d4rl(path, pointmaze.generate(args.name, args.episodes or 60, args.seed), {"task": args.name})
+        arrays = demonstrations.generate(args.name, args.episodes, args.seed)
+        episodes = int((arrays["terminals"] | arrays["timeouts"]).sum())
+        path = own_folder() / f"{args.name}-{episodes}-seed{args.seed}.hdf5"
+        write_d4rl(path, arrays, {"task": args.name})
         print(path)
         return
     from tools import ogbench_oracle
@@ -148,7 +149,7 @@ def download(name: str) -> None:
             continue
         if ":" not in spec or kind not in sources.SOURCES:
             raise InputError(f"{name!r} is neither a task nor a word of --dataset; see `python tools/data.py list`")
-        path, address = sources.locate(split_count(spec)[0])
+        path, address = sources.locate(sources.split_count(spec)[0])
         if kind == "minari" and not path.exists():
             download_minari(spec.partition(":")[2], path)
         elif not path.exists():
@@ -252,8 +253,8 @@ def main() -> None:
     command.add_argument("--episodes", type=int, required=True)
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("generate", help="makes a generated data set and prints its path")
-    command.add_argument("name", help="pointmaze-medium and so on, or ogbench-cube-single and so on")
-    command.add_argument("--episodes", type=int, default=0, help="0: 60 (pointmaze) or 1000 (ogbench)")
+    command.add_argument("name", help="pointmaze-medium, fetch-pick-and-place, ogbench-cube-single and so on")
+    command.add_argument("--episodes", type=int, default=0, help="0: 60 (pointmaze), 50 (fetch) or 1000 (ogbench)")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same data")
     command.add_argument("--processes", type=int, default=0, help="side by side (ogbench); 0: one per CPU core")
     command.add_argument("--steps", type=int, default=0, help="of each episode (ogbench); 0: 1000")

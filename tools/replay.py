@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from utils import InputError
 from utils.arrays import Arrays, check, numbers
-from utils.data import find_ends, find_file, read
+from utils.data import find_ends, read
 from utils.envs import make_env
+from utils.sources import find_file
 from utils.tasks import TASKS
 
 # What a file must have, beside the observations, to put a task's simulator into the state of a row.

@@ -11,8 +11,6 @@ import numpy as np
 
 from utils.arrays import Arrays
 
-WIDTHS = {"pen": 45, "door": 39, "relocate": 39, "hammer": 46}
-
 
 def success_after(name: str, obs: np.ndarray) -> np.ndarray:
     """Whether the goal is reached in the states with observations (n, O): the simulator's own rule, read off `obs`."""
@@ -42,7 +40,7 @@ class AdroitBinary(gym.Wrapper):
         A dropped pen ends D4RL's episode, but not ours: with rewards of -1 that would pay. Such rows end by time here.
         """
         obs, success = arrays["observations"], arrays.get("infos/success")
-        if obs.shape[1] != WIDTHS[self.name]:
+        if obs.shape[1:] != self.observation_space.shape:
             return arrays  # of another task; the check against the environment says so
         if success is None and "next_observations" in arrays:
             success = success_after(self.name, arrays["next_observations"])

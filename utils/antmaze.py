@@ -103,6 +103,5 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
 
 
 for _name, _limit in (("UMaze", 700), ("Medium", 1000), ("Large", 1000)):
-    gym.register(
-        f"expo/AntMaze{_name}-v2", f"{__name__}:AntMaze", max_episode_steps=_limit, kwargs={"maze": _name.lower()}
-    )
+    _id, _kwargs = f"expo/AntMaze{_name}-v2", {"maze": _name.lower()}
+    gym.register(_id, f"{__name__}:AntMaze", max_episode_steps=_limit, kwargs=_kwargs)

@@ -28,7 +28,6 @@ class Dataset:
     episodes: np.ndarray  # (m, 2) the first row of each episode, and one past its last
     success: np.ndarray | None  # (m,) bool, or None where the file does not say
     dropped: int  # rows of the file that were left out because their successor is not in it
-    notes: tuple[str, ...] = ()  # what the files say about another environment that they were recorded in
 
 
 @np.errstate(over="ignore")  # too large for float32: `check` finds the infinity

@@ -16,6 +16,7 @@ import numpy as np
 
 from utils import InputError, reason
 from utils.arrays import Arrays, Dataset, Transitions, check, numbers
+from utils.sources import find_file, split_count
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "masks", "infos/success", "infos/goal_achieved")
@@ -29,7 +30,7 @@ def load_dataset(specs: Sequence[str], env: gym.Env, obs_keys: Sequence[str] = (
     if not all(spec.startswith("generated:") for spec in specs):  # what is made here is known to be right
         from utils.problems import find_problems
 
-        for problem in find_problems(data, env):
+        for problem in find_problems(data, env, specs):
             print(f"data: warning: {problem}")
     return data.rows
 
@@ -46,20 +47,15 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
     parts: list[Dataset] = []
     for spec in specs:
         name, count = split_count(spec)
-        path = name if name.startswith("generated:") else find_file(name)
+        place = name if name.startswith("generated:") else find_file(name)
         try:
-            part = to_dataset(read(path, env, obs_keys), relabel)
+            part = to_dataset(read(place, env, obs_keys), relabel)
             part = first_episodes(part, count) if count else part
-            if env is not None:
-                part.rows = fit(part.rows, env)
-            if env is not None and isinstance(path, Path):
-                from utils.problems import recorded_elsewhere
-
-                part.notes = recorded_elsewhere(path, env)
+            part.rows = part.rows if env is None else fit(part.rows, env)
             if parts and part.rows.obs.shape[1:] != parts[0].rows.obs.shape[1:]:
                 raise InputError(f"observations are {part.rows.obs.shape[1]} wide, those of {specs[0]} are not")
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{place}: {error}") from error
         parts.append(part)
     if len(parts) == 1:
         return parts[0]
@@ -68,14 +64,7 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
     episodes = np.concatenate([part.episodes + offset for part, offset in zip(parts, offsets, strict=False)])
     known = [part.success for part in parts if part.success is not None]
     success = np.concatenate(known) if len(known) == len(parts) else None
-    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return Dataset(rows, episodes, success, sum(part.dropped for part in parts), notes)
-
-
-def split_count(spec: str) -> tuple[str, int]:
-    """FILE:10 means the first 10 episodes of FILE, and FILE alone means all of them, which is 0 here."""
-    name, _, count = spec.rpartition(":")
-    return (name, int(count)) if name and count.isdigit() and int(count) else (spec, 0)
+    return Dataset(rows, episodes, success, sum(part.dropped for part in parts))
 
 
 def first_episodes(data: Dataset, count: int) -> Dataset:
@@ -84,31 +73,15 @@ def first_episodes(data: Dataset, count: int) -> Dataset:
         raise InputError(f"the first {count:,} episodes are asked for; it has {len(data.episodes):,}")
     rows = Transitions(*(column[: data.episodes[count - 1, 1]] for column in data.rows))
     success = None if data.success is None else data.success[:count]
-    return Dataset(rows, data.episodes[:count], success, data.dropped, data.notes)
-
-
-def find_file(spec: str) -> Path:
-    """The file behind a path or a word of --dataset. Nothing is downloaded."""
-    if spec.partition(":")[0] in ("d4rl", "minari", "ogbench", "robomimic", "mimicgen"):
-        from utils import sources
-
-        return sources.find(spec)
-    path, missing = Path(spec).expanduser(), "no such file"
-    if spec.startswith("generated:"):
-        missing = f"it is made in memory; to get a file: python tools/data.py generate {spec.partition(':')[2]}"
-    if path.is_dir():
-        path, missing = path / "data" / "main_data.hdf5", "is a folder without a Minari data set in HDF5 format"
-    if not path.exists():
-        raise InputError(f"{spec}: {missing}")
-    return path
+    return Dataset(rows, data.episodes[:count], success, data.dropped)
 
 
 def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Arrays:
     """The flat arrays of a file of any layout, not yet checked; "generated:NAME" is made here."""
     if isinstance(path, str):
-        from demonstrations import pointmaze
+        from demonstrations import demonstrations
 
-        return pointmaze.demonstrations(path.partition(":")[2], env)
+        return demonstrations(path.partition(":")[2], env)
     kind = "npz" if zipfile.is_zipfile(path) else "HDF5"
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
@@ -171,7 +144,7 @@ def find_ends(arrays: Arrays) -> None:
         if timeouts.any() and "next_observations" in arrays:
             follows = (arrays["next_observations"][:-1] == obs[1:]).all(axis=1)
             arrays["ends"][:-1] = timeouts[:-1] | (terminals[:-1] & ~follows)
-        elif timeouts.any() and terminals.any():
+        elif timeouts[:-1].any() and terminals.any():
             from utils.layouts import steps_within_episodes
 
             arrays["ends"][:-1] &= timeouts[:-1] | ~steps_within_episodes(obs, terminals, timeouts)

@@ -16,7 +16,7 @@ from utils.tasks import TASKS
 
 # This project's own environments are expo/AntMaze... and so on. Each simulator's module registers its own.
 SIMULATORS = {"AntMaze": "antmaze", "Adroit": "adroit", "OGBench": "ogbench_env", "Robomimic": "robosuite_env"}
-SIMULATORS |= {"MimicGen": "robosuite_env"}
+SIMULATORS |= {"MimicGen": "robosuite_env", "FetchPickAndPlace": "fetch_env"}
 
 
 def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_keys=(), render_mode=None) -> gym.Env:
@@ -32,11 +32,9 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
         kwargs["max_episode_steps"] = -1  # the limit goes outside of the action repeat
     try:
         if render_mode:
-            import_module("utils.failures").prepare_pictures()
-            kwargs["render_mode"] = render_mode
-        env = create(env_id, kwargs)
-        if render_mode:
-            import_module("utils.failures").try_pictures(env)
+            env = import_module("utils.failures").with_pictures(create, env_id, kwargs | {"render_mode": render_mode})
+        else:
+            env = create(env_id, kwargs)
         space = env.action_space
         if not isinstance(space, spaces.Box):
             raise InputError(f"{type(space).__name__} actions; they must be a continuous Box")

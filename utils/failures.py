@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import traceback
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 
@@ -36,18 +37,15 @@ def failure(error: Exception, where: str) -> InputError:
     return InputError(f"{where}: {type(error).__name__}: {reason(error)} ({place[0]}:{place[1]})")
 
 
-def prepare_pictures() -> None:
-    """Lets MuJoCo draw without a display, unless the user has chosen how (MUJOCO_GL)."""
+def with_pictures(create: Any, env_id: str, kwargs: dict[str, Any]) -> gym.Env:
+    """An environment that draws, also without a display. Where it cannot, a run fails at its start."""
     if sys.platform.startswith("linux") and not (os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY")):
         os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = "egl"
         for name in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):
             if name in sys.modules:  # it was imported before the choice, and would look for a display
                 with contextlib.suppress(Exception):  # without EGL the first picture fails, in its own words
                     importlib.reload(sys.modules[name])
-
-
-def try_pictures(env: gym.Env) -> None:
-    """Draws a first picture: a run that cannot draw fails at its start."""
+    env = create(env_id, kwargs)
     try:
         env.reset(seed=0)
         env.render()
@@ -56,3 +54,4 @@ def try_pictures(env: gym.Env) -> None:
         advice = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri" if chosen == "egl" else "try MUJOCO_GL=egl"
         raise InputError(f"no pictures with MUJOCO_GL={chosen!r}: {reason(error)}; {advice}") from error
     atexit.register(env.close)  # while the graphics library is still there
+    return env

@@ -116,11 +116,8 @@ def join(episodes: list[Arrays]) -> Arrays:
 def steps_within_episodes(obs: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
     """Whether the step from each row of a D4RL file to the next (n - 1,) is no longer than the steps within episodes.
 
-    That can only be told if the time limits in the file show that a reset jumps further. Else it is False.
+    That can only be told if the time limits in the file show that a reset jumps further. Else no step from an end is.
     """
-    if not timeouts[:-1].any():
-        return ~terminals[:-1]
     steps, inside = np.abs(np.diff(obs, axis=0)), ~(terminals | timeouts)[:-1]  # (n - 1, O), (n - 1,)
-    longest = steps[inside].max(axis=0, initial=0) + 1e-9
-    lengths = (steps / longest).max(axis=1)  # 1: as long as the longest step within an episode
+    lengths = (steps / (steps[inside].max(axis=0, initial=0) + 1e-9)).max(axis=1)  # 1: the longest within an episode
     return lengths < 1.2 if np.median(lengths[timeouts[:-1]]) > 2 else inside

@@ -1,8 +1,10 @@
 """What looks wrong in offline data: `tools/data.py inspect` prints it, and so does a run at its start."""
 
 import json
+from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import h5py
@@ -10,36 +12,39 @@ import numpy as np
 
 from utils import InputError, reason
 from utils.arrays import Dataset
+from utils.sources import find_file
 
 
-def recorded_elsewhere(path: Path, env: gym.Env) -> tuple[str, ...]:
+def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
     """How the environment that a file was recorded in differs from `env`. Minari and robomimic write it down."""
     if not h5py.is_hdf5(path) or env.spec is None:
-        return ()
+        return []
     try:
         with h5py.File(path, "r") as file:
-            said = dict(file.attrs) | (dict(file["data"].attrs) if "data" in file else {})
+            said: dict[str, Any] = {**file.attrs, **(file["data"].attrs if "data" in file else {})}
         beside = path.with_name("metadata.json")  # Minari's since 0.5
         said |= json.loads(beside.read_text()) if beside.exists() else {}
         there, robomimic = (json.loads(said.get(key) or "{}") for key in ("env_spec", "env_args"))
     except ValueError as error:
-        raise InputError(f"what it says about its environment cannot be read ({reason(error)})") from None
+        raise InputError(f"{path}: what it says about its environment cannot be read ({reason(error)})") from None
     lines, repeat = [], env.get_wrapper_attr("repeat")
     if there.get("id", env.spec.id) != env.spec.id:
         lines.append(f"recorded in {there['id']}, the task is {env.spec.id}")
-    for key, value in (there.get("kwargs") or {}).items():
-        if env.spec.kwargs.get(key, value) != value:
-            lines.append(f"recorded with another {key} than the task's")
+    said, here = there.get("kwargs") or {}, env.spec.kwargs
+    lines += [f"recorded with another {key} than the task's" for key in said if here.get(key, said[key]) != said[key]]
     if there and repeat > 1:
         lines.append(f"a row is one step of {there.get('id')}, but an action of the task lasts {repeat} steps")
     version = robomimic.get("env_version")
-    here = metadata.version("robosuite") if version and util.find_spec("robosuite") else version
-    return (*lines, f"recorded with robosuite {version}, and {here} is installed") if version != here else tuple(lines)
+    if version and util.find_spec("robosuite") and version != metadata.version("robosuite"):
+        lines.append(f"recorded with robosuite {version}, another one is installed")
+    return lines
 
 
-def find_problems(data: Dataset, env: gym.Env | None = None) -> list[str]:
-    """What a user should know before training on `data`, one line each; empty if nothing stands out."""
-    rows, lengths, problems = data.rows, data.episodes[:, 1] - data.episodes[:, 0], list(data.notes)
+def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str] = ()) -> list[str]:
+    """What a user should know before training on `data`, one line each; `specs` are the files that it came from."""
+    rows, lengths = data.rows, data.episodes[:, 1] - data.episodes[:, 0]
+    files = [find_file(spec) for spec in specs if not spec.startswith("generated:")]
+    problems = [line for file in files for line in recorded_elsewhere(file, env)] if env is not None else []
     limit = env.spec.max_episode_steps if env is not None and env.spec else None
     if limit and lengths.max() > limit:
         problems.append(f"{(lengths > limit).sum():,} episodes exceed the limit of {limit}, up to {lengths.max():,}")

@@ -52,11 +52,7 @@ class Robosuite(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self.env.rng = np.random.default_rng(seed)
-            samplers = [self.env.placement_initializer] if hasattr(self.env, "placement_initializer") else []
-            while samplers:  # robosuite makes them with a generator of their own, those inside of others too
-                sampler: Any = samplers.pop()
-                sampler.rng = self.env.rng
-                samplers += getattr(sampler, "samplers", {}).values()
+            self.env.placement_initializer = None  # else it keeps a generator of its own
         return self._observation(self.env.reset()), {}
 
     def step(self, action):

@@ -18,32 +18,27 @@ SOURCES = {
     "robomimic": ("EXPO_CACHE_DIR", ".cache/expo", HUGGING_FACE + ROBOMIMIC),
     "mimicgen": ("EXPO_CACHE_DIR", ".cache/expo", HUGGING_FACE + MIMICGEN),
 }
-
-
-def known_files(kind: str) -> dict[str, str]:
-    """Name of a data set -> its path under the address; empty where any name is allowed."""
-    files = {}
-    if kind == "robomimic":
-        names = [f"{task}/{data}" for task in ("lift", "can", "square") for data in ("ph", "mh")]
-        return {name: f"{name}/low_dim_v15.hdf5" for name in names}
-    if kind == "mimicgen":
-        return {name: f"{name}.hdf5" for name in ("stack_d0", "stack_d1", "threading_d0", "threading_d1")}
-    if kind == "d4rl":  # those that an environment here fits; others can be read from a path
-        for task in ("pen", "door", "relocate", "hammer"):
-            for data in ("human", "cloned", "expert"):
-                files[f"{task}-{data}-v1"] = f"hand_dapg_v1/{task}-{data}-v1.hdf5"
-        for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
-            maze = {"u": "u-maze", "m": "big-maze", "l": "hardest-maze"}[name[0]]
-            flags = f"multistart_{name != 'umaze'}_multigoal_{'diverse' in name}"
-            files[f"antmaze-{name}-v2"] = f"ant_maze_v2/Ant_maze_{maze}_noisy_{flags}_sparse_fixed.hdf5"
-    return files
+# Name of a data set -> its path under the address. Of D4RL's only those that an environment here fits.
+KNOWN = {
+    "robomimic": {f"{t}/{d}": f"{t}/{d}/low_dim_v15.hdf5" for t in ("lift", "can", "square") for d in ("ph", "mh")},
+    "mimicgen": {name: f"{name}.hdf5" for name in ("stack_d0", "stack_d1", "threading_d0", "threading_d1")},
+    "d4rl": {
+        f"{task}-{data}-v1": f"hand_dapg_v1/{task}-{data}-v1.hdf5"
+        for task in ("pen", "door", "relocate", "hammer")
+        for data in ("human", "cloned", "expert")
+    },
+}
+for _name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+    _maze = {"u": "u-maze", "m": "big-maze", "l": "hardest-maze"}[_name[0]]
+    _flags = f"multistart_{_name != 'umaze'}_multigoal_{'diverse' in _name}"
+    KNOWN["d4rl"][f"antmaze-{_name}-v2"] = f"ant_maze_v2/Ant_maze_{_maze}_noisy_{_flags}_sparse_fixed.hdf5"
 
 
 def locate(spec: str) -> tuple[Path, str]:
     """Where the data of one word lies (or would lie) on this machine, and its address."""
     kind, _, name = spec.partition(":")
     variable, usual, address = SOURCES[kind]
-    files = known_files(kind)
+    files = KNOWN.get(kind, {})
     if files and name not in files:
         raise InputError(f"{spec} is unknown (known: {', '.join(files)})")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name.split("/"):
@@ -53,8 +48,23 @@ def locate(spec: str) -> tuple[Path, str]:
     return Path(os.environ.get(variable) or Path.home() / usual).expanduser() / here, address and address + path
 
 
-def find(spec: str) -> Path:
-    path, _ = locate(spec)
+def split_count(spec: str) -> tuple[str, int]:
+    """FILE:10 means the first 10 episodes of FILE, and FILE alone means all of them, which is 0 here."""
+    name, _, count = spec.rpartition(":")
+    return (name, int(count)) if name and count.isdigit() and int(count) else (spec, 0)
+
+
+def find_file(spec: str) -> Path:
+    """The file behind a path or a word of --dataset, with or without a count. Nothing is downloaded."""
+    name, _ = split_count(spec)
+    kind, path, missing = name.partition(":")[0], Path(name).expanduser(), "no such file"
+    if kind in SOURCES:
+        path = locate(name)[0]
+        missing = f"it is not on this machine ({path}); run: python tools/data.py download {name}"
+    elif kind == "generated":
+        missing = f"it is made in memory; to get a file: python tools/data.py generate {name.partition(':')[2]}"
+    elif path.is_dir():
+        path, missing = path / "data" / "main_data.hdf5", "is a folder without a Minari data set in HDF5 format"
     if not path.exists():
-        raise InputError(f"{spec} is not on this machine ({path}); run: python tools/data.py download {spec}")
+        raise InputError(f"{name}: {missing}")
     return path

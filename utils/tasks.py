@@ -67,6 +67,12 @@ for name, env_name, limit, more, about in (
     env_id, data = f"PointMaze_{env_name}-v3", (f"generated:pointmaze-{name}",)
     TASKS[f"pointmaze-{name}"] = Task(env_id, data, about, settings, env_kwargs=kwargs)
 
+FETCH = QUICKSTART | dict(max_episode_steps=24, action_repeat=2)
+FETCH |= dict(hidden_dim=128, base_hidden_dim=128, num_base_samples=8, num_edit_samples=8, num_target_samples=2)
+FETCH |= dict(offline_steps=3_000, total_timesteps=1_000, gamma=0.97, edit_scale=0.05, base_lr=1e-3, critic_lr=3e-4)
+about, data = "an arm lifts a block into the air", ("generated:fetch-pick-and-place",)
+TASKS["fetch-pick-and-place"] = Task("expo/FetchPickAndPlace-v1", data, about, FETCH)
+
 # From here on the settings are published (the authors' scripts), but for those that are marked as ours.
 ANTMAZE = dict(num_min_critics=1, reward_shift=-1.0, edit_scale=0.05, total_timesteps=300_000, pretrain_steps=500_000)
 for name, env_name, eta, about in (  # eta: Diffusion-QL's weight of its Q term
