@@ -468,7 +468,7 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
         (returns, lengths, solved), mentioned = np.zeros((3, args.eval_episodes)), False
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(args.seed)
-            for first in tqdm(range(0, args.eval_episodes, len(envs)), desc=kind, leave=False, disable=None):
+            for first in tqdm(range(0, args.eval_episodes, len(envs)), desc="evaluating", leave=False, disable=None):
                 running = dict(zip(range(first, args.eval_episodes), envs, strict=False))  # episode -> environment
                 obs = [env.reset(seed=episode_seed(args.seed, 1, i))[0] for i, env in running.items()]
                 while running:  # ended episodes keep their row: torch.compile wants batches of one shape
