@@ -1,11 +1,13 @@
 """README and docs are true: the counted lines, the links, and the commands, of which the cheap ones are run."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from utils.tasks import TASKS
@@ -23,6 +25,7 @@ def commands(page: str) -> list[str]:
     return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in text.splitlines()) if line]
 
 
+OWN = {"record.py", "train_my_policy.py", "finetune_my_policy.py"}  # programs that a page shows
 # The commands of results.md belong to commit 1413312, as the page says.
 COMMANDS = sorted({line for page in PAGES if page != "results.md" for line in commands(page)})
 
@@ -66,7 +69,7 @@ def test_scripts_flags_and_tasks_of_a_command_exist(command):
     """A flag exists if the script, or the script behind a program of benchmark/, has a field of that name."""
     for part in command.split("&&"):
         words = shlex.split(part)
-        scripts = [word for word in words if word.endswith(".py") and "/test_" not in word and word != "record.py"]
+        scripts = [word for word in words if word.endswith(".py") and "/test_" not in word and word not in OWN]
         source = "".join((ROOT / script).read_text() for script in scripts)
         source += (ROOT / "expo_finetune.py").read_text() if scripts and scripts[0].startswith("benchmark") else ""
         flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", part)} - {"help"}
@@ -84,12 +87,30 @@ def test_a_cheap_command_works_as_written(command):
 def test_a_task_of_ones_own_works_as_its_page_says(tmp_path, monkeypatch):
     """The numbers of `inspect` are those of the page; the run is shorter."""
     page = "your_own_task.md"
-    for name, text in zip(("my_task.py", "record.py"), blocks(page, "python"), strict=True):
-        (tmp_path / name).write_text(text)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     _, look, train, _ = commands(page)
-    subprocess.run([sys.executable, "record.py"], cwd=tmp_path, check=True)
-    assert start(look, tmp_path).split() == blocks(page, "text")[0].split()
-    hdf5 = look.replace("npz", "hdf5")
-    assert start(hdf5, tmp_path).split()[1:] == blocks(page, "text")[0].split()[1:]
+    run_page(page, ["my_task.py", "record.py"], tmp_path, monkeypatch)
+    for words in (look, look.replace("npz", "hdf5")):
+        assert start(words, tmp_path).split()[1:] == blocks(page, "text")[0].split()[1:]
     assert "done: runs" in start(f"{train} --offline-steps 2 --total-timesteps 2 --eval-episodes 1", tmp_path)
+
+
+def test_a_policy_of_ones_own_works_as_its_page_says(tmp_path, monkeypatch):
+    """With a shorter training. Imitation goes on online, or the policy is frozen: then no weight of it changes."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed (requirements-dev.txt)")
+    page, small = "your_own_policy.md", "--offline-steps 2 --total-timesteps 2 --eval-episodes 1 --save-model --run-dir"
+    names = ["my_policy.py", "finetune_my_policy.py", "train_my_policy.py"]
+    run_page(page, names, tmp_path, monkeypatch, ("3_000", "3"))
+    before = torch.load(tmp_path / "my_policy" / "agent.pt")["agent"]
+    for place, command in enumerate(commands(page)[2:]):
+        words = shlex.split(command)[1:] + f"{small} {place}".split()
+        subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
+        after = torch.load(tmp_path / str(place) / "agent.pt")["agent"]
+        assert all(torch.equal(after[key], before[key]) for key in before) == (place == 1)
+
+
+def run_page(page: str, names: list[str], folder, monkeypatch, change: tuple[str, str] = ("", "")) -> None:
+    """Writes the programs of a page in its order, and runs the one that is named last."""
+    for name, text in zip(sorted(names, key=PAGES[page].index), blocks(page, "python"), strict=True):
+        (folder / name).write_text(text.replace(*change))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    subprocess.run([sys.executable, names[-1]], cwd=folder, check=True)
