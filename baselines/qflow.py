@@ -1,8 +1,8 @@
 """Q-Flow, a baseline: a flow policy whose velocity is steered by the value of the points on its way, in one file.
 
 Paper: Q-Flow: Stable and Expressive Reinforcement Learning with Flow-Based Policy (ICML 2026), arXiv 2605.13435. It is
-[paper] below, but in `ReplayBuffer`. A bare [code] stands in definitions shared with EXPO and means EXPO's. [ours 4] is
-explained in docs/expo_diffusion.md, and every [ours q...] in docs/qflow.md.
+[paper] below; [paper Sec. 5] and [code] stand in definitions shared with EXPO and mean EXPO's. [ours 4] is explained in
+docs/expo_diffusion.md, and every [ours q...] in docs/qflow.md.
 
     python baselines/qflow.py                                   # the same maze as expo_diffusion.py
     python baselines/qflow.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
@@ -14,7 +14,7 @@ velocity from noise to the data's action, plus the gradient of V in x. So the ve
 gradient goes through the chain of Euler steps.
 
 How it differs from rlpd.py: a flow policy in place of the Gaussian actor, and the inner value. There is no entropy.
-One Adam steps all networks at once, in every critic update. The networks have GELU. Buffer, symmetric batches, UTD and
+One Adam steps all networks at once, for each of the U slices. The networks have GELU. Buffer, symmetric batches, UTD and
 the loop are the same. Training and evaluation both take one sample of the policy.
 
 Shapes: B batch, O observation, A action, E critics and inner values, K Euler steps from noise to action, U updates per
