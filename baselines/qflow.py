@@ -14,8 +14,8 @@ velocity from noise to the data's action, plus the gradient of V in x. So the ve
 gradient goes through the chain of Euler steps.
 
 How it differs from rlpd.py: a flow policy in place of the Gaussian actor, and the inner value. There is no entropy.
-One Adam steps all networks at once, for each of the U slices. The networks have GELU. Buffer, symmetric batches, UTD and
-the loop are the same. Training and evaluation both take one sample of the policy.
+One Adam steps all networks at once, for each of the U slices. The networks have GELU. Buffer, symmetric batches, UTD
+and the loop are the same. Training and evaluation both take one sample of the policy.
 
 Shapes: B batch, O observation, A action, E critics and inner values, K Euler steps from noise to action, U updates per
 environment step (UTD).
