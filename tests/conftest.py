@@ -16,7 +16,7 @@ from utils.tasks import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
-BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
+BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql", "baselines.qflow"]
 EVERY_SCRIPT = [*SCRIPTS, *BASELINES]
 
 # A whole run in seconds: --task pointmaze-umaze with everything small.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import BASELINES, assert_close, make_agent, make_batch, same, snapshot
 
-from baselines import diffusion_ql, idql, rlpd
+from baselines import diffusion_ql, idql, qflow, rlpd
 
 # Three critics, and the minimum over all of them, so that nothing in it is random.
 FIXED: Any = {"num_critics": 3, "num_min_critics": 3, "gamma": 0.9}
@@ -18,21 +18,23 @@ FIXED: Any = {"num_critics": 3, "num_min_critics": 3, "gamma": 0.9}
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_update_steps_every_network_and_its_average(name):
-    """U steps of critics (and V), one of everything else, and every average moves by its rate after each step."""
+    """U steps of critics (and V; Q-Flow: all), one of the rest. Every average moves by its rate after each step."""
     module = importlib.import_module(name)
-    rates: Any = {"tau": 0.1} if module is rlpd else {"tau": 0.1, "ema_rate": 0.2}
+    rates: Any = {"tau": 0.1} if module in (rlpd, qflow) else {"tau": 0.1, "ema_rate": 0.2}
     agent, counts = make_agent(module, **rates), Counter()
     optimizers, target_critic = module.Optimizers(agent, agent.args), copy.deepcopy(agent.target_critic)
     for part, optimizer in vars(optimizers).items():
         if not part.endswith("decay"):
             optimizer.register_step_post_hook(lambda *_, part=part: counts.update([part]))
-    optimizers.critic.register_step_post_hook(lambda *_: module.move_towards(target_critic, agent.critic, 0.1))
+    critic = optimizers.adam if module is qflow else optimizers.critic
+    critic.register_step_post_hook(lambda *_: module.move_towards(target_critic, agent.critic, 0.1))
     before = copy.deepcopy(agent)
     info = module.update(agent, optimizers, make_batch(module, 4, 8))
     assert counts == {
         rlpd: {"critic": 4, "actor": 1, "alpha": 1},
         idql: {"critic": 4, "value": 4, "base": 1},
         diffusion_ql: {"critic": 4, "actor": 1},
+        qflow: {"adam": 4},
     }.get(module)
     assert not any(same(child, snapshot(getattr(before, part))) for part, child in agent.named_children())
     assert_close(agent.target_critic, target_critic)
@@ -46,7 +48,7 @@ def test_update_steps_every_network_and_its_average(name):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_update_walks_through_the_slices(name):
-    """The critics learn from one slice after the other, the policy from the last one."""
+    """The critics learn from one slice after the other, the policy from the last one (Q-Flow: from every one)."""
     module = importlib.import_module(name)
     agent, batch, order = make_agent(module), make_batch(module, 3, 8), []
 
@@ -66,14 +68,18 @@ def test_update_walks_through_the_slices(name):
     if module is idql:
         spy(agent, "value_loss")
         spy(agent.base_policy, "loss")
+    elif module is qflow:
+        spy(agent, "inner_value_loss")
+        spy(agent, "policy_loss")
     else:
         spy(agent, "actor_loss")
     if module is diffusion_ql:
         agent.target_actor.sample = lambda obs: obs[..., :2].tanh()
     module.update(agent, module.Optimizers(agent, agent.args), batch)
     losses = ("value_loss", "critic_loss") if module is idql else ("critic_loss",)  # the target follows the new V
-    last = "loss" if module is idql else "actor_loss"
-    assert order == [*((loss, u) for u in range(3) for loss in losses), (last, 2)]
+    losses = ("critic_loss", "inner_value_loss", "policy_loss") if module is qflow else losses
+    last = [] if module is qflow else [("loss" if module is idql else "actor_loss", 2)]
+    assert order == [*((loss, u) for u in range(3) for loss in losses), *last]
 
 
 # ----------------------------------------------------------------------------------------------------------- RLPD

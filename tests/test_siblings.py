@@ -67,7 +67,8 @@ def test_shared_definitions_are_byte_identical(one, other):
     if "expo_flow" in (one, other):
         shared = [name for name in shared if name != "BasePolicy"]
     assert len(shared) > 15 or other in BASELINES
-    assert {"Batch", "ReplayBuffer", "Critic", "move_towards", "evaluate", "Log", "save", "load"} <= set(shared)
+    assert {"Batch", "ReplayBuffer", "move_towards", "evaluate", "Log", "save", "load"} <= set(shared)
+    assert "Critic" in shared or "baselines.qflow" in (one, other)  # its critic is another network
     assert [name for name in shared if mine[name] != theirs[name]] == []
     assert shared == [name for name in theirs if name in shared]  # in the same order
 

@@ -51,7 +51,8 @@ def test_optimizers_are_the_published_ones(name):
         if part.endswith("_decay"):
             continue
         (group,) = optimizer.param_groups
-        names = {"base": "base_policy.", "edit": "edit_policy.", "alpha": "log_alpha"}
+        names: dict = {"base": "base_policy.", "edit": "edit_policy.", "alpha": "log_alpha"}
+        names["adam"] = ("policy.", "critic.", "inner_value.")  # one for all networks
         own = [p for name, p in agent.named_parameters() if name.startswith(names.get(part, f"{part}."))]
         assert list(map(id, group["params"])) == list(map(id, own)), part
         assert type(optimizer) is (torch.optim.AdamW if part == "base" else torch.optim.Adam)

@@ -24,7 +24,7 @@ from utils import InputError, reason
 from utils.envs import make_env
 
 SCRIPTS = {name: name for name in ("expo_diffusion", "expo_flow", "expo_finetune")}
-SCRIPTS |= {name: f"baselines.{name}" for name in ("rlpd", "idql", "diffusion_ql")}
+SCRIPTS |= {name: f"baselines.{name}" for name in ("rlpd", "idql", "diffusion_ql", "qflow")}
 
 
 def load_args(run_dir: Path) -> tuple[Any, Any]:

@@ -74,16 +74,16 @@ about, data = "an arm lifts a block into the air", ("generated:fetch-pick-and-pl
 TASKS["fetch-pick-and-place"] = Task("expo/FetchPickAndPlace-v1", data, about, FETCH)
 
 # From here on the settings are published (the authors' scripts), but for those that are marked as ours.
-ANTMAZE = dict(num_min_critics=1, reward_shift=-1.0, edit_scale=0.05, total_timesteps=300_000, pretrain_steps=500_000)
-for name, env_name, eta, about in (  # eta: Diffusion-QL's weight of its Q term
-    ("umaze", "UMaze", 0.5, "an ant walks around one corner"),
-    ("umaze-diverse", "UMaze", 2.0, "the same, data from and to anywhere"),
-    ("medium-play", "Medium", 2.0, "an ant crosses a medium maze"),
-    ("medium-diverse", "Medium", 3.0, "the same, data to anywhere"),
-    ("large-play", "Large", 4.5, "an ant crosses a large maze"),
-    ("large-diverse", "Large", 3.5, "the same, data to anywhere"),
+ANTMAZE = dict(num_min_critics=1, reward_shift=-1.0, edit_scale=0.05, pretrain_steps=500_000, time_frequencies=8)
+for name, env_name, eta, lam, about in (  # eta: weight of Diffusion-QL's Q term; lam: Q-Flow's lambda
+    ("umaze", "UMaze", 0.5, 0.2, "an ant walks around one corner"),
+    ("umaze-diverse", "UMaze", 2.0, 0.2, "the same, data from and to anywhere"),
+    ("medium-play", "Medium", 2.0, 0.5, "an ant crosses a medium maze"),
+    ("medium-diverse", "Medium", 3.0, 0.5, "the same, data to anywhere"),
+    ("large-play", "Large", 4.5, 0.2, "an ant crosses a large maze"),
+    ("large-diverse", "Large", 3.5, 0.2, "the same, data to anywhere"),
 ):
-    settings = ANTMAZE | dict(expectile=0.9, eta=eta, max_q_backup=name != "umaze")  # of the baselines
+    settings = ANTMAZE | dict(expectile=0.9, eta=eta, max_q_backup=name != "umaze", guidance_lambda=lam, hidden_dim=256)
     data, finetune = (f"d4rl:antmaze-{name}-v2",), dict(num_edit_samples=0)  # the paper's; the authors' script edits
     TASKS[f"antmaze-{name}"] = Task(f"expo/AntMaze{env_name}-v2", data, about, settings, finetune, source="published")
 
@@ -113,13 +113,13 @@ for name, env_name, data, steps, finetune_scale, about in (  # :10 is the first 
     TASKS[name] = Task(f"expo/{env_name}-v1", (data,), about, settings, finetune, kwargs, "published")
 
 OGBENCH = dict(edit_scale=0.1, eval_every=25_000, total_timesteps=500_000)  # ours, not tuned
-for name, env_name, about in (
-    ("cube-single", "CubeSingle", "an arm moves a cube to its place"),
-    ("cube-double", "CubeDouble", "an arm moves two cubes"),
-    ("scene", "Scene", "an arm with a cube, buttons, a drawer and a window"),
-    ("puzzle-3x3", "Puzzle3x3", "an arm presses 9 linked buttons"),
+for name, env_name, more, about in (  # more: of Q-Flow, published
+    ("cube-single", "CubeSingle", dict(guidance_lambda=5.0), "an arm moves a cube to its place"),
+    ("cube-double", "CubeDouble", dict(guidance_lambda=2.0), "an arm moves two cubes"),
+    ("scene", "Scene", dict(guidance_lambda=5.0), "an arm with a cube, buttons, a drawer and a window"),
+    ("puzzle-3x3", "Puzzle3x3", dict(guidance_lambda=20.0, critic_agg="min"), "an arm presses 9 linked buttons"),
 ):
-    TASKS[f"ogbench-{name}"] = Task(f"expo/OGBench{env_name}-v0", (f"ogbench:{name}-play-v0",), about, OGBENCH)
+    TASKS[f"ogbench-{name}"] = Task(f"expo/OGBench{env_name}-v0", (f"ogbench:{name}-play-v0",), about, OGBENCH | more)
 
 CHANGEABLE = ("total_timesteps", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "save_model")
 CHANGEABLE += ("capture_video", "track", "threads", "device", "compile")  # by --resume; others make another run
@@ -199,7 +199,7 @@ def check_flags(flags: dict[str, Any]) -> None:
     """Raises InputError for values that would fail late, or silently."""
     low = dict(batch_size=2, edit_scale=1e-6, init_alpha=1e-9, reward_scale=-1e30, reward_shift=-1e30)
     high = dict.fromkeys(SHARES, 1) | dict(heldout_share=0.9, edit_scale=2, seed=2**31 - 1)
-    high["num_min_critics"] = flags.get("num_critics", 1)
+    high["num_min_critics"], low["guidance_lambda"] = flags.get("num_critics", 1), 1e-9
     for name, value in flags.items():
         least, most = low.get(name, int(type(value) is int and name not in MAY_BE_0)), high.get(name, 1e30)
         if isinstance(value, int | float) and not least <= value <= most:
