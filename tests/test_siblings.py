@@ -63,14 +63,14 @@ def between(source: str) -> list[str]:
 @pytest.mark.parametrize("one, other", itertools.combinations(EVERY_SCRIPT, 2))
 def test_shared_definitions_are_byte_identical(one, other):
     """Two scripts differ in Args, BasePolicy and main. A baseline has its own Agent, Optimizers and update, but the
-    BasePolicy of expo_diffusion. Only expo_flow has another one."""
+    BasePolicy of expo_diffusion. Only expo_flow has another one. For a variant, see VARIANT_OWN."""
     mine, theirs = definitions(source_of(one)), definitions(source_of(other))
     own = BASELINE_OWN if {one, other} & set(BASELINES) else OWN
     own = own.union(*(VARIANT_OWN.get(name, set()) for name in (one, other)))
     shared = [name for name in mine if name in theirs and name not in own]
     if "expo_flow" in (one, other):
         shared = [name for name in shared if name != "BasePolicy"]
-    assert len(shared) > 15 or {one, other} & set(BASELINES)
+    assert len(shared) >= 15 or {one, other} & set(BASELINES)
     common = {"Batch", "ReplayBuffer", "Critic", "move_towards", "evaluate", "Log", "save", "load"}
     assert common - own <= set(shared)
     assert [name for name in shared if mine[name] != theirs[name]] == []
