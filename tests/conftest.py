@@ -17,7 +17,8 @@ from utils.tasks import parse_args
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql", "baselines.qflow"]
-EVERY_SCRIPT = [*SCRIPTS, *BASELINES]
+VARIANTS = ["variants.expo_chunks"]
+EVERY_SCRIPT = [*SCRIPTS, *BASELINES, *VARIANTS]
 
 # A whole run in seconds: --task pointmaze-umaze with everything small.
 TINY_RUN = {"task": "pointmaze-umaze", "total_timesteps": 60, "offline_steps": 20, "max_episode_steps": 20}
@@ -54,6 +55,7 @@ def make_args(script: Any, **flags: Any) -> Any:
     """The script's Args with small networks. Small values for flags that the script does not have are left out."""
     small = {"hidden_dim": 16, "hidden_layers": 2, "base_hidden_dim": 16, "base_blocks": 2, "base_expansion": 2}
     small |= {"num_critics": 5, "num_base_samples": 4, "num_edit_samples": 4, "num_action_samples": 6}
+    small |= {"chunk_length": 1}
     return script.Args(**{key: value for key, value in small.items() if hasattr(script.Args, key)} | flags)
 
 
@@ -67,13 +69,15 @@ def make_agent(script: Any, obs_dim: int = 3, action_dim: int = 2, **flags: Any)
 
 
 def make_batch(script: Any, *shape: int, obs_dim: int = 3, action_dim: int = 2) -> Any:
-    """Random transitions, a third of them terminal."""
+    """Random transitions, a third of them terminal. Where a batch has windows, they are one step long."""
+    window = {"mask": torch.ones(*shape, action_dim), "lengths": torch.ones(shape)}
     return script.Batch(
         obs=torch.randn(*shape, obs_dim),
         actions=torch.rand(*shape, action_dim) * 2 - 1,
         rewards=torch.randn(*shape),
         next_obs=torch.randn(*shape, obs_dim),
         terminations=(torch.rand(*shape) < 1 / 3).float(),
+        **{key: value for key, value in window.items() if key in script.Batch._fields},
     )
 
 

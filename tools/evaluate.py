@@ -25,6 +25,7 @@ from utils.envs import make_env
 
 SCRIPTS = {name: name for name in ("expo_diffusion", "expo_flow", "expo_finetune")}
 SCRIPTS |= {name: f"baselines.{name}" for name in ("rlpd", "idql", "diffusion_ql", "qflow")}
+SCRIPTS["expo_chunks"] = "variants.expo_chunks"
 
 
 def load_args(run_dir: Path) -> tuple[Any, Any]:
@@ -86,9 +87,11 @@ def write_video(path: Path, agent: Any, env: gym.Env, seed: int, device: str) ->
         env = gym.wrappers.RecordVideo(env, f"{folder}/new", name_prefix="video", disable_logger=True)
         obs, done = env.reset(seed=seed)[0], False
         while not done:
-            action = agent(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu().numpy()
-            obs, _, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
+            actions = agent(torch.as_tensor(obs, device=device).unsqueeze(0)).cpu().numpy()
+            for action in actions.reshape(-1, *(env.action_space.shape or ())):  # one, or a chunk of several
+                obs, _, terminated, truncated, _ = env.step(action)
+                if done := terminated or truncated:
+                    break
         env.close()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
