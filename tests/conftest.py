@@ -17,7 +17,8 @@ from utils.tasks import parse_args
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql"]
-EVERY_SCRIPT = [*SCRIPTS, *BASELINES]
+VARIANTS = {"variants.expo_faster": "expo_flow"}  # each with the script that it was made from
+EVERY_SCRIPT = [*SCRIPTS, *BASELINES, *VARIANTS]
 
 # A whole run in seconds: --task pointmaze-umaze with everything small.
 TINY_RUN = {"task": "pointmaze-umaze", "total_timesteps": 60, "offline_steps": 20, "max_episode_steps": 20}

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BASELINES, EVERY_SCRIPT, ROOT, SCRIPTS, make_agent, make_batch
+from conftest import BASELINES, EVERY_SCRIPT, ROOT, SCRIPTS, VARIANTS, make_agent, make_batch
 
 OWN = {"Args", "BasePolicy", "main"}  # what a script may define in its own way
 BASELINE_OWN = {"Args", "Agent", "Optimizers", "update", "main"}
+VARIANT_OWN = BASELINE_OWN | {"BasePolicy", "next_candidates"}
 
 Definition = ast.FunctionDef | ast.ClassDef
 
@@ -60,13 +61,13 @@ def between(source: str) -> list[str]:
 @pytest.mark.parametrize("one, other", itertools.combinations(EVERY_SCRIPT, 2))
 def test_shared_definitions_are_byte_identical(one, other):
     """Two scripts differ in Args, BasePolicy and main. A baseline has its own Agent, Optimizers and update, but the
-    BasePolicy of expo_diffusion. Only expo_flow has another one."""
+    BasePolicy of expo_diffusion. Only expo_flow has another one. A variant may also change the candidates."""
     mine, theirs = definitions(source_of(one)), definitions(source_of(other))
-    own = OWN if {one, other} <= set(SCRIPTS) else BASELINE_OWN
+    own = VARIANT_OWN if other in VARIANTS else OWN if {one, other} <= set(SCRIPTS) else BASELINE_OWN
     shared = [name for name in mine if name in theirs and name not in own]
     if "expo_flow" in (one, other):
         shared = [name for name in shared if name != "BasePolicy"]
-    assert len(shared) > 15 or other in BASELINES
+    assert len(shared) > 15 or {one, other} & set(BASELINES)
     assert {"Batch", "ReplayBuffer", "Critic", "move_towards", "evaluate", "Log", "save", "load"} <= set(shared)
     assert [name for name in shared if mine[name] != theirs[name]] == []
     assert shared == [name for name in theirs if name in shared]  # in the same order
@@ -79,14 +80,18 @@ def test_what_lies_between_the_definitions_is_the_same():
         assert between(source_of(name)) == between(first)
         extra = set(definitions(source_of(name))) ^ set(definitions(first))
         assert extra == ({"load_base_policy"} if name == "expo_finetune" else set())
-    for name in BASELINES:
+    for name in [*BASELINES, *VARIANTS]:
         assert between(source_of(name))[-6:] == between(first)[-6:]
     assert between(first)[-6] == 'if __name__ == "__main__":'
 
 
-@pytest.mark.parametrize("other, most", [("expo_flow", 50), ("expo_finetune", 60)])
-def test_siblings_are_close(other, most):
-    command = ["diff", "expo_diffusion.py", f"{other}.py"]
+FAMILY = [("expo_diffusion", "expo_flow", 50), ("expo_diffusion", "expo_finetune", 60)]
+FAMILY += [(parent, name, 150) for name, parent in VARIANTS.items()]
+
+
+@pytest.mark.parametrize("parent, other, most", FAMILY)
+def test_siblings_are_close(parent, other, most):
+    command = ["diff", f"{parent}.py", f"{other.replace('.', '/')}.py"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert 10 < sum(line.startswith(("<", ">")) for line in lines) <= most
 

@@ -25,6 +25,7 @@ from utils.envs import make_env
 
 SCRIPTS = {name: name for name in ("expo_diffusion", "expo_flow", "expo_finetune")}
 SCRIPTS |= {name: f"baselines.{name}" for name in ("rlpd", "idql", "diffusion_ql")}
+SCRIPTS["expo_faster"] = "variants.expo_faster"
 
 
 def load_args(run_dir: Path) -> tuple[Any, Any]:

@@ -12,11 +12,11 @@ through its denoising chain. The *edit policy* is a small Gaussian. It moves a b
 towards higher Q. The policy that acts is built on the fly: it samples base actions, edits them, and takes the candidate
 with the highest Q. The TD target follows the same policy.
 
-How it differs from expo_flow.py: most of EXPO's time goes into N denoising chains. But the chain of a flow [ours 8] draws
-nothing: the first noise z decides which action comes out. So a new network, the *filter* F(s, z), learns the value of
-that action. It chooses one of N noises. One chain runs, and the critics choose between its action and an edit of it. The
-TD target has a second change: one random critic ranks the two and another one values the better one. EXPO takes the
-minimum over two critics for both.
+How it differs from expo_flow.py: most of EXPO's time goes into N denoising chains. But the chain of a flow [ours 8]
+draws nothing: the first noise z decides which action comes out. So a new network, the *filter* F(s, z), learns the
+value of that action. It chooses one of N noises. One chain runs, and the critics choose between its action and an edit
+of it. The TD target has a second change: one random critic ranks the two, and another one values the better one. EXPO
+takes the minimum over two critics for both.
 
 Shapes: B batch, O observation, A action, N noises, C = 2 candidates, E critics and heads of the filter, K denoising
 steps, U critic updates per environment step (UTD).  Tags: [faster], [paper Sec. n], [code] = EXPO's code, [ours n].
