@@ -106,7 +106,7 @@ def test_update_with_the_noises_that_the_filter_chose_before(edits):
 
 
 def test_training_draws_and_evaluation_takes_the_best(monkeypatch, tmp_path):
-    choose, seen = faster.Agent.choose_noise, set()
-    monkeypatch.setattr(faster.Agent, "choose_noise", lambda *a: seen.add((a[1].ndim, a[2])) or choose(*a))
-    faster.main(tiny_run_args(faster, tmp_path / "run", learning_starts=0, filter_temperature=0.5, total_timesteps=4))
-    assert seen == {(3, 0.5), (1, 0.5), (2, 0.0)}  # (U, B, O): updates; (O,): acting; (B, O): evaluation
+    choose, seen, flags = faster.Agent.choose_noise, set(), {"utd_ratio": 3, "eval_episodes": 4, "total_timesteps": 4}
+    monkeypatch.setattr(faster.Agent, "choose_noise", lambda *a: seen.add((len(a[1]), a[2])) or choose(*a))
+    faster.main(tiny_run_args(faster, tmp_path / "run", learning_starts=0, filter_temperature=0.5, **flags))
+    assert seen == {(1, 0.5), (3, 0.5), (4, 0.0)}  # acting, updates with U 3, evaluation of 4 episodes

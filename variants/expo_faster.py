@@ -657,7 +657,8 @@ def main(args: Args) -> None:
         if step <= args.learning_starts:
             action = 2 * torch.rand(action_dim) - 1
         else:
-            action = agent.on_the_fly_actions(torch.as_tensor(obs, device=device), args.filter_temperature).cpu()
+            row = torch.as_tensor(obs, device=device).unsqueeze(0)
+            action = agent.on_the_fly_actions(row, args.filter_temperature).squeeze(0).cpu()
         next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
         buffer.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
         obs, episodic_return = next_obs, episodic_return + float(reward)
