@@ -37,6 +37,7 @@ from utils.envs import make_env
 from utils.tasks import parse_args
 
 KEYS = "update", "action"
+COMPILED = "on_the_fly_actions base_actions with_edits critic_loss filter_loss edit_policy_loss actor_loss".split()
 
 
 @dataclass
@@ -71,8 +72,7 @@ class Side:
         self.optimizers, self.buffer = script.Optimizers(self.agent, args), script.ReplayBuffer(data, 1, device)
         self.obs = self.buffer.fields.obs[:1]
         if args.compile:
-            names = "on_the_fly_actions base_actions with_edits critic_loss edit_policy_loss actor_loss".split()
-            for name in filter(functools.partial(hasattr, self.agent), names):
+            for name in filter(functools.partial(hasattr, self.agent), COMPILED):
                 setattr(self.agent, name, torch.compile(getattr(self.agent, name), options={"fallback_random": True}))
 
     def configure(self) -> None:

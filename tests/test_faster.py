@@ -1,7 +1,6 @@
 """variants/expo_faster.py: the choice of a noise, targets and losses, against slow versions; and whole updates."""
 
 import copy
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from conftest import assert_close, make_agent, make_batch, tiny_run_args
 from variants import expo_faster as faster
 
 
-def values(critic, obs, action) -> list[float]:
-    """Of every head, for one observation and one action."""
+def values(critic, obs, action) -> list[float]:  # of every head
     return critic(obs.unsqueeze(0), action.unsqueeze(0)).flatten().tolist()
 
 
@@ -70,10 +68,11 @@ def test_one_critic_ranks_another_values_and_the_filter_gets_the_lower_one():
 
 def test_losses_and_whose_gradient_they_have():
     agent, batch, noise = make_agent(faster, num_critics=3), make_batch(faster, 8), torch.randn(8, 1, 2)
-    targets, everything = torch.randn(2, 8), list(agent.parameters())
+    targets, everything = [*torch.randn(2, 8)], list(agent.parameters())
     agent.td_target = lambda batch, candidates: (*targets, torch.tensor([0, 1, 1, 0, 1, 1, 1, 1]))
-    loss, filter_loss, info = agent.critic_loss(batch, torch.zeros(8, 2, 2), noise)
-    assert info["edit/selected_share"] == 0.75
+    loss, filter_target, info = agent.critic_loss(batch, torch.zeros(8, 2, 2))
+    filter_loss = agent.filter_loss(batch.next_obs, noise, filter_target)
+    assert info["edit/selected_share"] == 0.75 and filter_target is targets[1]
     for i, (value, network) in enumerate(((loss, agent.critic), (filter_loss, agent.filter))):
         inputs = [(batch.obs, batch.actions), (batch.next_obs, noise[:, 0])][i]
         slow = [np.subtract(values(network, *row), t.item()) ** 2 for *row, t in zip(*inputs, targets[i], strict=True)]
@@ -84,25 +83,26 @@ def test_losses_and_whose_gradient_they_have():
 
 @pytest.mark.parametrize("edits", [True, False])
 def test_update_with_the_noises_that_the_filter_chose_before(edits):
-    agent, counts, chosen = make_agent(faster, tau=0.1, edits=edits, filter_temperature=0.7), Counter(), []
+    agent, steps, chosen, learned = make_agent(faster, tau=0.1, edits=edits, filter_temperature=0.7), [], [], []
     optimizers, average, batch = faster.Optimizers(agent, agent.args), copy.deepcopy(agent), make_batch(faster, 4, 8)
-    for part in ("critic", "filter", "edit"):
-        getattr(optimizers, part).register_step_post_hook(lambda *_, part=part: counts.update([part]))
+    optimizers.critic.register_step_post_hook(lambda *_: steps.append(1))
     optimizers.filter.register_step_post_hook(lambda *_: faster.move_towards(average.target_filter, agent.filter, 0.1))
-    choose, critic_loss = agent.choose_noise, agent.critic_loss
-    agent.choose_noise = lambda obs, t: chosen.append((obs, t, *choose(obs, t))) or chosen[-1][2:]
+    choose, critic_loss, filter_loss = agent.choose_noise, agent.critic_loss, agent.filter_loss
 
-    def checked(rows, candidates, noise):
-        assert torch.equal(rows.obs, batch.obs[counts["critic"]]) and torch.equal(noise, chosen[0][2][counts["critic"]])
-        torch.testing.assert_close(candidates[:, :1], agent.base_policy.sample(rows.next_obs.unsqueeze(1), noise))
-        return critic_loss(rows, candidates, noise)
+    def checked(rows, candidates):
+        assert torch.equal(rows.obs, batch.obs[len(steps)])
+        base_actions = agent.base_policy.sample(rows.next_obs.unsqueeze(1), chosen[2][len(steps)])
+        torch.testing.assert_close(candidates[:, :1], base_actions)
+        return critic_loss(rows, candidates)
 
     agent.critic_loss = checked
+    agent.choose_noise = lambda obs, t: chosen.extend((obs, t, *choose(obs, t))) or chosen[2:]
+    agent.filter_loss = lambda obs, z, q: learned.append(torch.cat([obs, z[:, 0]], -1)) or filter_loss(obs, z, q)
     info = faster.update(agent, optimizers, batch)
-    assert counts == {"critic": 4, "filter": 4} | ({"edit": 1} if edits else {})
-    assert len(chosen) == 1 and torch.equal(chosen[0][0], batch.next_obs) and chosen[0][1] == 0.7
+    assert len(steps) == len(chosen) == 4 and ("edit/alpha" in info) == edits
+    assert torch.equal(chosen[0], batch.next_obs) and chosen[1] == 0.7 and info["filter/spread"] == chosen[3].mean()
+    assert torch.equal(torch.stack(learned), torch.cat([batch.next_obs, chosen[2][:, :, 0]], -1))
     assert_close(agent.target_filter, average.target_filter)
-    assert info["filter/spread"] == chosen[0][3].mean()
 
 
 def test_training_draws_and_evaluation_takes_the_best(monkeypatch, tmp_path):

@@ -367,15 +367,17 @@ class Agent(nn.Module):
         filter_target = qs[..., 0].amin(0)  # of the action without its edit [faster]
         return batch.rewards + args.gamma * (1 - batch.terminations) * next_q, filter_target, choice
 
-    def critic_loss(self, batch: Batch, candidates: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(loss, filter_loss, info): squared errors of critics and filter, each with one target for every head."""
+    def critic_loss(self, batch: Batch, candidates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(loss, filter_target, info): squared TD error, with the same target for every head [paper Sec. 4.2]."""
         target_q, filter_target, choice = self.td_target(batch, candidates)
         qs = self.critic(batch.obs, batch.actions)  # (E, B)
         loss = (qs - target_q).square().mean()
-        filter_loss = (self.filter(batch.next_obs, noise.squeeze(-2)) - filter_target).square().mean()
         selected = (choice > 0).float().mean()
-        info = {"losses/critic": loss, "critic/q_mean": qs.mean(), "edit/selected_share": selected}
-        return loss, filter_loss, info | {"losses/filter": filter_loss}
+        return loss, filter_target, {"losses/critic": loss, "critic/q_mean": qs.mean(), "edit/selected_share": selected}
+
+    def filter_loss(self, obs: Tensor, noise: Tensor, filter_target: Tensor) -> Tensor:
+        """Squared error of the filter on the chosen noises (B, 1, A), with the same target (B,) for every head."""
+        return (self.filter(obs, noise.squeeze(-2)) - filter_target).square().mean()
 
     def edit_policy_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss, entropy, info): SAC's objective, on edits of the batch's own actions, not of base samples [code]."""
@@ -448,10 +450,11 @@ def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tens
     slices = [Batch(*fields) for fields in zip(*batch, strict=True)]
     info: dict[str, Tensor] = {}
     for u, rows in enumerate(slices):
-        loss, filter_loss, info = agent.critic_loss(rows, candidates[u], noises[u])
+        loss, filter_target, info = agent.critic_loss(rows, candidates[u])
         gradient_step(optimizers.critic, loss)
         move_towards(agent.target_critic, agent.critic, agent.args.tau)
-        gradient_step(optimizers.filter, filter_loss)
+        info["losses/filter"] = loss = agent.filter_loss(rows.next_obs, noises[u], filter_target)
+        gradient_step(optimizers.filter, loss)
         move_towards(agent.target_filter, agent.filter, agent.args.tau)
     info |= {"filter/spread": spread.mean()}
     info |= update_base_policy(agent, optimizers, slices[-1].obs, slices[-1].actions)
@@ -609,7 +612,7 @@ def main(args: Args) -> None:
     buffer = ReplayBuffer(data, args.total_timesteps, device)
     buffer.fields.rewards.mul_(args.reward_scale).add_(args.reward_shift)
     if args.compile:
-        for name in ("on_the_fly_actions", "base_actions", "with_edits", "critic_loss", "edit_policy_loss"):
+        for name in ("on_the_fly_actions", "base_actions", "critic_loss", "filter_loss", "edit_policy_loss"):
             setattr(agent, name, torch.compile(getattr(agent, name), options={"fallback_random": True}))
     policies = {"eval/": agent.on_the_fly_actions, "eval/base_": agent.target_base_policy.sample}
     # Offline updates have steps below 0, so that step 1 is the first environment step in every plot.
