@@ -59,9 +59,8 @@ def test_one_critic_ranks_another_values_and_the_filter_gets_the_lower_one():
         target_q, filter_target, choice = agent.td_target(batch, candidates)
         np.testing.assert_allclose(filter_target, q[:, 0].min(-1), atol=1e-5)  # of the action without its edit
         ranks = [head for head in (0, 1) if choice.tolist() == [int(q[i, 1, head] > q[i, 0, head]) for i in rows]]
-        next_q = [q[i, choice[i], 1 - ranks[0]] for i in rows]
-        slow = batch.rewards.numpy() + 0.9 * (1 - batch.terminations.numpy()) * next_q
-        np.testing.assert_allclose(target_q, slow, atol=1e-5)
+        next_q = torch.tensor([q[i, choice[i], 1 - ranks[0]] for i in rows])
+        np.testing.assert_allclose(target_q, batch.rewards + 0.9 * (1 - batch.terminations) * next_q, atol=1e-5)
         seen.update(ranks)
     assert seen == {0, 1}
 
@@ -90,9 +89,8 @@ def test_update_with_the_noises_that_the_filter_chose_before(edits):
     choose, critic_loss, filter_loss = agent.choose_noise, agent.critic_loss, agent.filter_loss
 
     def checked(rows, candidates):
-        assert torch.equal(rows.obs, batch.obs[len(steps)])
-        base_actions = agent.base_policy.sample(rows.next_obs.unsqueeze(1), chosen[2][len(steps)])
-        torch.testing.assert_close(candidates[:, :1], base_actions)
+        base_actions = agent.base_policy.sample(rows.next_obs[:, None], chosen[2][len(steps)])
+        assert torch.equal(rows.obs, batch.obs[len(steps)]) and torch.allclose(candidates[:, :1], base_actions)
         return critic_loss(rows, candidates)
 
     agent.critic_loss = checked
