@@ -16,8 +16,7 @@ def values(critic, obs, action) -> list[float]:  # of every head
 
 def test_the_best_noise_is_that_of_the_highest_score_of_two_heads_of_the_average():
     agent, obs, seen = make_agent(faster, num_noises=7, num_critics=2), torch.randn(2, 5, 3), []
-    random_min = agent.target_filter.random_min
-    agent.target_filter.random_min = lambda o, z, num: seen.append(z) or random_min(o, z, num)
+    agent.target_filter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     noise, spread = agent.choose_noise(obs, 0.0)
     for row in np.ndindex(2, 5):
         scores = [min(values(agent.target_filter, obs[row], z)) for z in seen[0][row]]
@@ -89,22 +88,23 @@ def test_update_with_the_noises_that_the_filter_chose_before(edits):
     choose, critic_loss, filter_loss = agent.choose_noise, agent.critic_loss, agent.filter_loss
 
     def checked(rows, candidates):
-        base_actions = agent.base_policy.sample(rows.next_obs[:, None], chosen[2][len(steps)])
-        assert torch.equal(rows.obs, batch.obs[len(steps)]) and torch.allclose(candidates[:, :1], base_actions)
+        base_actions = agent.base_policy.sample(rows.next_obs[:, None], chosen[len(steps)][2])
+        assert torch.equal(rows.next_obs, chosen[len(steps)][0]) and torch.allclose(candidates[:, :1], base_actions)
         return critic_loss(rows, candidates)
 
     agent.critic_loss = checked
-    agent.choose_noise = lambda obs, t: chosen.extend((obs, t, *choose(obs, t))) or chosen[2:]
+    agent.choose_noise = lambda obs, t: chosen.append((obs, t, *choose(obs, t))) or chosen[-1][2:]
     agent.filter_loss = lambda obs, z, q: learned.append(torch.cat([obs, z[:, 0]], -1)) or filter_loss(obs, z, q)
     info = faster.update(agent, optimizers, batch)
-    assert len(steps) == len(chosen) == 4 and ("edit/alpha" in info) == edits
-    assert torch.equal(chosen[0], batch.next_obs) and chosen[1] == 0.7 and info["filter/spread"] == chosen[3].mean()
-    assert torch.equal(torch.stack(learned), torch.cat([batch.next_obs, chosen[2][:, :, 0]], -1))
+    assert len(steps) == len(chosen) == len(learned) == 4 and ("edit/alpha" in info) == edits
+    for obs, temperature, noise, _ in chosen:
+        assert torch.equal(learned.pop(0), torch.cat([obs, noise[:, 0]], -1)) and temperature == 0.7
+    assert info["filter/spread"].item() == pytest.approx(np.mean([c[3].mean().item() for c in chosen]), rel=1e-5)
     assert_close(agent.target_filter, average.target_filter)
 
 
 def test_training_draws_and_evaluation_takes_the_best(monkeypatch, tmp_path):
-    choose, seen, flags = faster.Agent.choose_noise, set(), {"utd_ratio": 3, "eval_episodes": 4, "total_timesteps": 4}
+    choose, seen, flags = faster.Agent.choose_noise, set(), {"batch_size": 6, "eval_episodes": 4, "total_timesteps": 4}
     monkeypatch.setattr(faster.Agent, "choose_noise", lambda *a: seen.add((len(a[1]), a[2])) or choose(*a))
     faster.main(tiny_run_args(faster, tmp_path / "run", learning_starts=0, filter_temperature=0.5, **flags))
-    assert seen == {(1, 0.5), (3, 0.5), (4, 0.0)}  # acting, updates with U 3, evaluation of 4 episodes
+    assert seen == {(1, 0.5), (6, 0.5), (4, 0.0)}  # acting, updates, evaluation

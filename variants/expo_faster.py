@@ -444,8 +444,9 @@ def next_candidates(agent: Agent, next_obs: Tensor, noises: Tensor) -> Tensor:
 
 def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tensor]:
     """U critic steps on the slices of a batch (U, B, ...), then one step of each policy on the last slice [code]."""
-    # For all slices: the policies stand still while critics learn. The filter does not, so this one lags [ours 10].
-    noises, spread = agent.choose_noise(batch.next_obs, agent.args.filter_temperature)
+    # For all slices, as in EXPO: the policies stand still while critics learn. But the filter learns, too [ours 10].
+    chosen = [agent.choose_noise(obs, agent.args.filter_temperature) for obs in batch.next_obs]
+    noises, spreads = map(torch.stack, zip(*chosen, strict=True))
     candidates = next_candidates(agent, batch.next_obs, noises)
     slices = [Batch(*fields) for fields in zip(*batch, strict=True)]
     info: dict[str, Tensor] = {}
@@ -456,7 +457,7 @@ def update(agent: Agent, optimizers: Optimizers, batch: Batch) -> dict[str, Tens
         info["losses/filter"] = loss = agent.filter_loss(rows.next_obs, noises[u], filter_target)
         gradient_step(optimizers.filter, loss)
         move_towards(agent.target_filter, agent.filter, agent.args.tau)
-    info |= {"filter/spread": spread.mean()}
+    info |= {"filter/spread": spreads.mean()}
     info |= update_base_policy(agent, optimizers, slices[-1].obs, slices[-1].actions)
     if agent.args.edits:
         loss, entropy, edit_info = agent.edit_policy_loss(slices[-1])
