@@ -63,7 +63,7 @@ def pasted(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A folder with the six scripts, and their runs, killed and resumed."""
+    """A folder with the scripts, and their runs, killed and resumed."""
     folder, commands = tmp_path_factory.mktemp("project"), []
     for name in EVERY_SCRIPT:
         path = folder / f"{name.split('.')[-1]}.py"
