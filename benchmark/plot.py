@@ -101,10 +101,8 @@ def reached(curve: Curve, level: float) -> tuple[float, float]:
 
 def area(curve: Curve) -> float:
     """The mean over the environment steps of the run: area under the curve by its length."""
-    if len(curve.steps) < 2:
-        return float(curve.values.mean())
-    middles = (curve.values[1:] + curve.values[:-1]) / 2
-    return float((middles * np.diff(curve.steps)).sum() / (curve.steps[-1] - curve.steps[0]))
+    middles, lengths = (curve.values[1:] + curve.values[:-1]) / 2, np.diff(curve.steps)
+    return float((middles * lengths).sum() / lengths.sum() if len(lengths) else curve.values.mean())
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:

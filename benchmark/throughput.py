@@ -2,9 +2,9 @@
 
     python benchmark/throughput.py --task antmaze-umaze --naive       # the published sizes, and the obvious way beside
     python benchmark/throughput.py --task antmaze-umaze --against /path/to/another/checkout
-    python benchmark/throughput.py --task antmaze-umaze --against-flags "--matmul-precision medium" --differences
+    python benchmark/throughput.py --task antmaze-umaze --rows expo_flow "expo_flow --num-edit-samples 0" baselines.rlpd
 
-All other flags go to the script. Times are medians. On a shared machine a ratio, measured in turns, says more.
+All other flags go to the scripts. Times are medians. On a shared machine a ratio, measured in turns, says more.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import functools
 import importlib
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
@@ -35,36 +36,43 @@ from utils import InputError
 from utils.envs import make_env
 from utils.tasks import parse_args
 
+KEYS = "update", "action"
+COMPILED = "on_the_fly_actions base_actions with_edits critic_loss filter_loss edit_policy_loss actor_loss".split()
+
 
 @dataclass
 class Options:
     """This program's own flags; all others are the script's."""
 
     script: Literal["expo_diffusion", "expo_flow", "expo_finetune"] = "expo_diffusion"
+    rows: tuple[str, ...] = ()  # instead of --script: several "MODULE FLAGS", measured in alternation
     repeats: int = 5  # measurements of everything
     cpu_time: bool = False  # count CPU time: with one thread, other programs then disturb less
     naive: bool = False  # also measure benchmark/naive.py: the same update, written the obvious way
     against: str = ""  # another checkout of this repository, measured in alternation with this one
-    against_flags: str = ""  # more flags for the other side; without --against, the other side is this checkout
-    differences: bool = False  # also compare the losses and gradients of both sides, after one update
+    differences: bool = False  # also compare the losses and gradients of the first two rows, after one update
     json: str = ""  # also write everything to this file
 
 
 class Side:
-    """An agent with optimizers and a buffer of random rows."""
+    """An agent with optimizers and a buffer of random rows, of a row "MODULE FLAGS" and of flags for all rows."""
 
-    def __init__(self, script: Any, args: Any, dims: tuple[int, int], rows: int = 100_000):
-        self.script, self.args = script, args
+    def __init__(self, row: str, words: list[str], size: int = 100_000):
+        name, *flags = shlex.split(row)
+        self.script = script = importlib.import_module(name)
+        self.args = args = parse_args(script.Args, argv=[*words, *flags])
+        env = make_env(args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys)
+        self.dims: Any = (*(env.observation_space.shape or ()), *(env.action_space.shape or ()))
         self.configure()
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         torch.manual_seed(args.seed)
-        obs, next_obs = torch.randn(2, rows, dims[0])
-        data = obs, 2 * torch.rand(rows, dims[1]) - 1, torch.randn(rows), next_obs, torch.zeros(rows)
-        self.agent = script.Agent(*dims, args).to(device)
+        obs, next_obs = torch.randn(2, size, self.dims[0])
+        data = obs, 2 * torch.rand(size, self.dims[1]) - 1, torch.randn(size), next_obs, torch.zeros(size)
+        self.agent = script.Agent(*self.dims, args).to(device)
         self.optimizers, self.buffer = script.Optimizers(self.agent, args), script.ReplayBuffer(data, 1, device)
         self.obs = self.buffer.fields.obs[:1]
         if args.compile:
-            for name in ("on_the_fly_actions", "base_actions", "with_edits", "critic_loss", "edit_policy_loss"):
+            for name in filter(functools.partial(hasattr, self.agent), COMPILED):
                 setattr(self.agent, name, torch.compile(getattr(self.agent, name), options={"fallback_random": True}))
 
     def configure(self) -> None:
@@ -81,7 +89,7 @@ class Side:
 
     def action(self) -> torch.Tensor:
         self.configure()
-        return self.agent.on_the_fly_actions(self.obs)
+        return getattr(self.agent, "on_the_fly_actions", self.agent)(self.obs)
 
     def parts(self) -> dict[str, float]:
         """Seconds of the parts of one update. With --compile the ranking is inside the critic's part."""
@@ -126,40 +134,29 @@ def measure(functions: dict[str, Callable[[], Any]], options: Options) -> dict[s
     return seconds
 
 
-def alone(side: Side, dims: tuple[int, int], options: Options) -> dict[str, Any]:
-    """Measures and prints the update, its parts, one action, and the naive implementation if it is asked for."""
-    functions: dict[str, Callable[[], Any]] = {"update": side.update, "action": side.action}
-    if options.naive:
-        naive = NaiveExpo(side.script, *dims, side.args, side.obs.device)
-        functions["naive"] = lambda: naive.update(side.draw())
-        functions["naive action"] = lambda: naive.best_actions(side.obs, naive.target_base_policy)
-    seconds = {name: statistics.median(values) for name, values in measure(functions, options).items()}
-    update, rounds = seconds["update"], [side.parts() for _ in range(options.repeats)]
-    parts = {name: statistics.median([found[name] for found in rounds]) for name in rounds[0]}
-    print("| part | ms | share |\n|---|---|---|")
-    for name, value in parts.items():
-        print(f"| {name} | {1e3 * value:,.1f} | {value / sum(parts.values()):.0%} |")
-    print(f"| **update** | {1e3 * update:,.1f} | |\n\none action: {1e3 * seconds['action']:.2f} ms")
-    if options.naive:
-        action = f"one action: {1e3 * seconds['naive action']:.2f} ms"
-        print(f"the obvious way: {1e3 * seconds['naive']:,.1f} ms, {seconds['naive'] / update:.2f} x; {action}")
-    return {"update_s": update, "action_s": seconds["action"], "seconds": seconds, "parts_s": parts}
+def parts(side: Side, options: Options) -> dict[str, float]:
+    """Measures and prints the parts of an update."""
+    rounds = [side.parts() for _ in range(options.repeats)]
+    found = {name: median([seconds[name] for seconds in rounds]) for name in rounds[0]}
+    print("\n| part | ms | share |\n|---|---|---|")
+    for name, value in found.items():
+        print(f"| {name} | {1e3 * value:,.1f} | {value / sum(found.values()):.0%} |")
+    return found
 
 
 def checkouts(options: Options, words: list[str]) -> dict[str, list[float]]:
-    """Measures this checkout and another one in turn, each time with its own throughput.py in a process of its own."""
-    sides = {"there": (Path(options.against).resolve(), [*words, *shlex.split(options.against_flags)])}
-    sides["here"] = ROOT, words
-    seconds: dict[str, list[float]] = {f"{key} {side}": [] for key in ("update", "action") for side in sides}
+    """Measures another checkout and this one in turn, each time with its own throughput.py in a process of its own."""
+    sides = {"there": Path(options.against).resolve(), "here": ROOT}
+    seconds: dict[str, list[float]] = {f"{key} {side}": [] for key in KEYS for side in sides}
     with tempfile.TemporaryDirectory() as folder:
-        for side, (root, flags) in list(sides.items()) * options.repeats:
+        for side, root in list(sides.items()) * options.repeats:
             command = [sys.executable, str(root / "benchmark" / "throughput.py"), "--script", options.script]
-            command += ["--repeats", "2", "--json", f"{folder}/found.json", *flags]
+            command += ["--repeats", "2", "--json", f"{folder}/found.json", *words]
             done = subprocess.run(command, capture_output=True, text=True, cwd=root)
             if done.returncode:
                 raise InputError(f"{shlex.join(command)} failed: {(done.stderr.splitlines() or ['nothing'])[-1]}")
             found = json.loads(Path(folder, "found.json").read_text())
-            for key in ("update", "action"):
+            for key in KEYS:
                 seconds[f"{key} {side}"].append(found[f"{key}_s"])
     return seconds
 
@@ -175,39 +172,48 @@ def differences(*sides: Side) -> dict[str, float]:
     return {name: max(((b - a).norm() / a.norm()).item() for a, b in both) for name, both in pairs.items()}
 
 
+def print_table(rows: list[str], seconds: dict[str, list[float]], gflop: dict[str, float]) -> None:
+    """Medians of every row, and its ratio to the first row: of the medians, and from the least to the largest pair."""
+    print("| row | GFLOP | update, ms | of the first | pairs | action, ms |\n|---|---|---|---|---|---|")
+    for row in rows:
+        update, first = seconds[f"update {row}"], seconds[f"update {rows[0]}"]
+        ratios = [a / b for a, b in zip(update, first, strict=True)]
+        text = f"{median(update) / median(first):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
+        text = f"{gflop.get(row, '')} | {1e3 * median(update):,.1f} | {text}"
+        print(f"| {row} | {text} | {1e3 * median(seconds[f'action {row}']):.2f} |")
+
+
 def main() -> None:
     """Reads both sets of flags, measures, prints, and writes the file."""
-    argv = sys.argv[1:]
-    for place in [i for i, word in enumerate(argv) if word == "--against-flags"]:  # its value begins with --, too
-        argv[place : place + 2] = ["=".join(argv[place : place + 2])]
-    options, words = tyro.cli(Options, args=argv, description=__doc__, return_unknown_args=True)
-    script = importlib.import_module(options.script)
-    args = parse_args(script.Args, argv=words)
-    env = make_env(args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys)
-    dims: Any = (*(env.observation_space.shape or ()), *(env.action_space.shape or ()))
-    here = Side(script, args, dims)
+    options, words = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    sides = {row: Side(row, words) for row in options.rows or (options.script,)}
+    rows, side = list(sides), next(iter(sides.values()))
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
-    machine = f"{here.obs.device}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    machine = f"{side.obs.device}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
     result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "machine": machine}
-    print(f"{options.script}, {args.task or args.env_id}: O {dims[0]}, A {dims[1]}, on {machine}")
+    print(f"{', '.join(rows)}: {side.args.task or side.args.env_id}, O {side.dims[0]}, A {side.dims[1]}, on {machine}")
+    gflop: dict[str, float] = {}  # of the matrix products of an update
+    if options.differences:
+        result["differences"] = differences(*[sides[row] for row in rows[:2]])
+        print(f"largest relative difference after one update: {result['differences']}")
     if options.against:
-        result["seconds"] = checkouts(options, words)
-    elif options.against_flags:
-        there = Side(script, parse_args(script.Args, argv=[*words, *shlex.split(options.against_flags)]), dims)
-        if options.differences:
-            result["differences"] = differences(here, there)
-            print(f"largest relative difference after one update: {result['differences']}")
-        functions = {"update there": there.update, "update here": here.update, "action there": there.action}
-        result["seconds"] = measure(functions | {"action here": here.action}, options)
+        rows, seconds = ["there", "here"], checkouts(options, words)
     else:
-        result |= alone(here, dims, options)
-    for key in ("update", "action") if options.against or options.against_flags else ():
-        lists: Any = [result["seconds"][f"{key} {side}"] for side in ("here", "there")]
-        ours, theirs = map(statistics.median, lists)
-        pairs = sorted(a / b for a, b in zip(*lists, strict=True))
-        text = f"{key}: here {1e3 * ours:,.2f} ms, there {1e3 * theirs:,.2f} ms; here / there {ours / theirs:.3f}"
-        print(f"{text} (pairs from {pairs[0]:.3f} to {pairs[-1]:.3f}), there / here {theirs / ours:.3f}")
+        calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in KEYS}
+        if options.naive:
+            naive = NaiveExpo(side.script, side.dims[0], side.dims[1], side.args, side.obs.device)
+            rows, calls["update naive"] = [*rows, "naive"], lambda: naive.update(side.draw())
+            calls["action naive"] = lambda: naive.best_actions(side.obs, naive.target_base_policy)
+        seconds = measure(calls, options)
+        for row in rows:
+            with FlopCounterMode(display=False) as counter:
+                calls[f"update {row}"]()
+            gflop[row] = float(f"{counter.get_total_flops() / 1e9:.4g}")
+    print_table(rows, seconds, gflop)
+    result |= {"seconds": seconds, "gflop": gflop} | {f"{k}_s": median(seconds[f"{k} {rows[0]}"]) for k in KEYS}
+    if not options.rows and not options.against:
+        result["parts_s"] = parts(side, options)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

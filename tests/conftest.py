@@ -17,7 +17,7 @@ from utils.tasks import parse_args
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql", "baselines.qflow"]
-VARIANTS = ["variants.expo_chunks"]
+VARIANTS = {"variants.expo_faster": "expo_flow", "variants.expo_chunks": "expo_flow"}  # each with its parent
 EVERY_SCRIPT = [*SCRIPTS, *BASELINES, *VARIANTS]
 
 # A whole run in seconds: --task pointmaze-umaze with everything small.

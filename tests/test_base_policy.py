@@ -1,10 +1,12 @@
 """Base policies: flow matching as slow loops, and recovery of a known distribution. test_authors.py has diffusion."""
 
 import math
+import re
+import textwrap
 
 import pytest
 import torch
-from conftest import make_agent, make_args
+from conftest import ROOT, make_agent, make_args
 
 only_flow = pytest.mark.parametrize("script", ["expo_flow"], indirect=True)
 
@@ -12,6 +14,19 @@ only_flow = pytest.mark.parametrize("script", ["expo_flow"], indirect=True)
 def predict(policy, x: torch.Tensor, obs: torch.Tensor, time: float) -> torch.Tensor:
     """What the policy's network says about one row."""
     return policy.network(x, obs, policy.network.time_code(torch.tensor([time])))
+
+
+@pytest.mark.parametrize("script", ["expo_diffusion"], indirect=True)
+def test_ddim_as_in_the_docs_of_faster(script):
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "expo_faster.md").read_text(), re.S)[0]
+    exec(textwrap.dedent(block), found := dict(vars(script)))
+    policy, obs, noise = make_agent(script).base_policy, torch.randn(6, 3), torch.randn(6, 2)
+    bars, x = [1.0, *policy.alpha_bars.tolist()], noise
+    for k in range(10, 0, -1):
+        eps = predict(policy, x, obs, k - 1.0)
+        action = (x - (1 - bars[k]) ** 0.5 * eps) / bars[k] ** 0.5
+        x = (bars[k - 1] ** 0.5 * action + (1 - bars[k - 1]) ** 0.5 * eps).clamp(-1, 1)
+    torch.testing.assert_close(found["sample"](policy, obs, noise), x)
 
 
 @pytest.mark.parametrize("script", ["expo_diffusion"], indirect=True)

@@ -247,7 +247,7 @@ def test_acting_and_updates_of_every_step(each, walks, monkeypatch, tmp_path):
 
     monkeypatch.setattr(each.ReplayBuffer, "draw", spy)
     (acting,) = (name for name in ACTING if hasattr(each.Agent, name))
-    monkeypatch.setattr(each.Agent, acting, lambda agent, obs: torch.full((len(obs), 1), 0.125))
+    monkeypatch.setattr(each.Agent, acting, lambda agent, obs, *_: torch.full((len(obs), 1), 0.125))
     walks(each, tmp_path / "run", learning_starts=30, total_timesteps=40, utd_ratio=3, batch_size=10, offline_ratio=0.3)
     assert drawn == [(0, 1.0, 1, 10)] * 4 + [(step, 0.3, 3, 10) for step in range(31, 41)]  # with the step's own row
     actions = read_state(tmp_path / "run")["rows"][1].flatten()

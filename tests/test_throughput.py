@@ -13,17 +13,21 @@ from benchmark import ablation, overestimation, throughput
 
 def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, capsys):
     def measured(*words: str) -> dict:
-        small = "--task pointmaze-umaze --hidden-dim 8 --base-hidden-dim 8 --batch-size 8 --utd-ratio 2 --repeats 1"
+        small = "--task pointmaze-umaze --hidden-dim 8 --batch-size 8 --utd-ratio 2 --repeats 1"
         monkeypatch.setattr(sys, "argv", ["throughput.py", *small.split(), "--json", str(tmp_path / "a.json"), *words])
         throughput.main()
         return json.loads((tmp_path / "a.json").read_text())
 
     found = measured("--naive")
     assert min(found["update_s"], found["action_s"], *found["parts_s"].values()) > 0 and len(found["parts_s"]) == 6
-    assert "| **update** |" in (out := capsys.readouterr().out) and "the obvious way" in out
-    found = measured("--differences", "--against-flags", "--num-target-samples 4")  # the same number
-    assert found["differences"] == {"losses": 0, "gradients": 0}
-    assert measured("--differences", "--against-flags", "--num-target-samples 1")["differences"]["gradients"] > 1e-3
+    assert "| chain |" in (out := capsys.readouterr().out) and "| naive |" in out
+    found = measured("--differences", "--rows", "expo_flow", "expo_flow --num-target-samples 4")  # the same number
+    assert found["differences"] == {"losses": 0, "gradients": 0} and len(set(found["gflop"].values())) == 1
+    rows = ["expo_flow --utd-ratio 4", "expo_flow --utd-ratio 4 --num-target-samples 1"]
+    found = measured("--differences", "--rows", *rows, "variants.expo_faster", "baselines.rlpd")
+    assert found["differences"]["gradients"] > 1e-3 and min(found["update_s"], found["action_s"]) > 0
+    whole, fewer, faster, rlpd = found["gflop"].values()
+    assert whole > fewer > faster > rlpd > 0 and "| baselines.rlpd |" in capsys.readouterr().out
     (tmp_path / "benchmark").mkdir()  # of another checkout
     text = "import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write('{\"update_s\": 1e4, \"action_s\": 1}')"
     (tmp_path / "benchmark" / "throughput.py").write_text(text)

@@ -25,7 +25,7 @@ from utils.envs import make_env
 
 SCRIPTS = {name: name for name in ("expo_diffusion", "expo_flow", "expo_finetune")}
 SCRIPTS |= {name: f"baselines.{name}" for name in ("rlpd", "idql", "diffusion_ql", "qflow")}
-SCRIPTS["expo_chunks"] = "variants.expo_chunks"
+SCRIPTS |= {name: f"variants.{name}" for name in ("expo_faster", "expo_chunks")}
 
 
 def load_args(run_dir: Path) -> tuple[Any, Any]:
