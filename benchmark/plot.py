@@ -3,9 +3,8 @@
     python benchmark/plot.py benchmark/results/mazes --metrics edit/alpha --out mazes.png
     python benchmark/plot.py runs/* --per-seed
 
-Curves are interquartile means over seeds (the mean of the middle half) with 95 % bootstrap intervals, over environment
-steps and over seconds. They show success where the environment reports it, else the return. docs/benchmark.md defines
-every column of the tables.
+Curves are interquartile means over seeds with 95 % bootstrap intervals, over environment steps and over seconds. They
+show success where the environment reports it, else the return. docs/benchmark.md defines every column of the tables.
 """
 
 import math

@@ -10,10 +10,10 @@ import torch
 from conftest import make_agent, make_batch, tiny_run_args
 from running import assert_same, read_metrics, read_state, run_here, values_of
 from test_run import TOY, Walk, random_rows
-from utils.pointmaze import demonstrations
 
 import expo_flow
-from utils.data import read_file, to_dataset
+from demonstrations import demonstrations
+from utils.data import to_dataset
 from variants import expo_chunks as script
 
 
@@ -52,7 +52,7 @@ def test_windows_by_hand(parts, monkeypatch):
 
 @pytest.mark.parametrize("without", ["", "next_observations"])  # then the last row of a time limit is dropped
 def test_windows_of_a_file_end_where_its_episodes_end(without):
-    data = to_dataset({k: v for k, v in read_file(demonstrations("pointmaze-umaze")).items() if k != without})
+    data = to_dataset({k: v for k, v in demonstrations("pointmaze-umaze").items() if k != without})
     assert bool(data.dropped) == bool(without) and 0 < data.rows.terminations.sum() < len(data.episodes)
     follows = script.ReplayBuffer(data.rows, 0, torch.device("cpu"), 3).follows[: len(data.rows.obs)]
     assert np.flatnonzero(follows == 0).tolist() == data.episodes[:, 0].tolist()
