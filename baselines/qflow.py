@@ -187,7 +187,7 @@ class ValueEnsemble(nn.Module):
         self.num, widths = args.num_critics, [in_dim] + [args.hidden_dim] * args.hidden_layers
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()  # (E, I, J) and (E, 1, J) of a layer
         for i, j in itertools.pairwise([*widths, 1]):
-            bound = math.sqrt(6 / (i + j))  # Xavier-uniform, every member by itself [ours q5]
+            bound = math.sqrt(6 / (i + j))  # Xavier-uniform, every member by itself [ours q4]
             self.weights.append(torch.empty(self.num, i, j).uniform_(-bound, bound))
             self.biases.append(torch.zeros(self.num, 1, j))
         self.scales = nn.ParameterList(torch.ones(self.num, 1, width) for width in widths[1:])  # of the LayerNorms
@@ -252,9 +252,9 @@ class Agent(nn.Module):
         return loss, {"losses/critic": loss, "critic/q_mean": qs.mean()}
 
     def inner_value_loss(self, obs: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, info): points x (B, A) at times t (B, 1) learn the Q of the actions that they become [ours q2]."""
+        """(loss, info): points x (B, A) at times t (B, 1) learn the Q of the actions that they become."""
         with torch.no_grad():
-            q = self.aggregate(self.critic(obs, self.policy.flow(obs, x, t)))  # (B,)
+            q = self.aggregate(self.target_critic(obs, self.policy.flow(obs, x, t)))  # (B,)
         loss = (self.aggregate(self.inner_value(obs, x, t)) - q).square().mean()  # of the aggregate [paper]
         return loss, {"losses/inner_value": loss}
 
@@ -265,7 +265,7 @@ class Agent(nn.Module):
         return torch.autograd.grad(value, x)[0] / self.args.guidance_lambda
 
     def policy_loss(self, obs: Tensor, x: Tensor, t: Tensor, velocity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, info): squared error to the data's velocity (B, A) plus the guidance, summed over A [ours q4]."""
+        """(loss, info): squared error to the data's velocity (B, A) plus the guidance, summed over A [ours q3]."""
         guidance = self.guidance(obs, x, t)
         loss = (self.policy(obs, x, t) - (velocity + guidance)).square().sum(-1).mean()
         return loss, {"losses/policy": loss, "policy/guidance_norm": guidance.norm(dim=-1).mean()}
@@ -298,7 +298,7 @@ def move_towards(target: nn.Module, online: nn.Module, rate: float) -> None:
 
 
 def points_between(actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, t, velocity): points (B, A) on straight lines from noise to actions, at uniform times (B, 1) [ours q3]."""
+    """(x, t, velocity): points (B, A) on straight lines from noise to actions, at uniform times (B, 1) [ours q2]."""
     t = torch.rand(len(actions), 1, device=actions.device)
     noise = torch.randn_like(actions)
     return (1 - t) * noise + t * actions, t, actions - noise

@@ -72,7 +72,7 @@ def test_losses_row_by_row(agg, aggregate):
         target = reward + 0.9 * (1 - end) * next_q
         slow[0] += sum((slow_value(agent.critic, e, obs, action) - target) ** 2 for e in range(3)) / 3
         becomes = slow_flow(agent, obs, x[row], time)
-        q = aggregate([slow_value(agent.critic, e, obs, becomes) for e in range(3)])
+        q = aggregate([slow_value(agent.target_critic, e, obs, becomes) for e in range(3)])
         slow[1] += (aggregate(slow_inner_values(agent, obs, x[row], time)) - q) ** 2
         for i, h in enumerate(1e-5 * torch.eye(2).double()):
             up, down = (sum(slow_inner_values(agent, obs, x[row] + d, time)) / 3 for d in (h, -h))
