@@ -25,7 +25,7 @@ from utils import InputError
 # Okabe and Ito's colours, readable for the colour-blind. Lines and markers tell curves apart in black and white.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
 LINES, MARKERS = ["-", "--", "-.", ":"], "osD^vPX*"
-# The methods of the main comparison have the same colour in every figure. Others take their places after these.
+# These methods have the same colour in every figure. Others take the colours that are free in a figure.
 KNOWN = ["expo_diffusion", "expo_flow", "expo_finetune", "no_edit", "rlpd", "idql", "diffusion_ql", "base_alone"]
 
 
@@ -175,25 +175,25 @@ def figure(results: Results, shown: dict[str, Any], keys: dict[str, str], metric
     plt.switch_backend("Agg")  # no window
     panels = [("", "steps"), ("", "seconds"), *((metric, "steps") for metric in metrics)]
     shape = (len(panels), len(shown)) if len(shown) > 1 else (1, len(panels))
-    whole, axes = plt.subplots(*shape, figsize=(4.4 * shape[1], 3.4 * shape[0]), squeeze=False)
-    places = list(dict.fromkeys([*KNOWN, *(method for methods in shown.values() for method in methods)]))
+    whole, axes = plt.subplots(*shape, figsize=(4.4 * shape[1], 3.4 * shape[0]), squeeze=False, layout="tight")
+    names = dict.fromkeys(method for methods in shown.values() for method in methods)
+    free = iter([i for i in range(8 + len(names)) if i >= 8 or KNOWN[i] not in names])
+    places = {name: KNOWN.index(name) if name in KNOWN else next(free) for name in names}
     labels: dict[str, Any] = {}
     for column, (task, methods) in zip(axes.T if len(shown) > 1 else axes, shown.items(), strict=True):
         for axis, (metric, over) in zip(column, panels, strict=True):
             for method, by_seed in methods.items():
                 found = list((curves(results[task][method], metric) if metric else by_seed).values())
                 if found:
-                    place, label = places.index(method), f"{method} ({len(found)} seeds)"
+                    place, label = places[method], f"{method} ({len(found)} seeds)"
                     draw(axis, found, over, place, label=label, **style(place))
             axis.set(xlabel="environment steps" if over == "steps" else over, ylabel=metric or keys[task], title=task)
             axis.grid(alpha=0.25)
             labels |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    whole.tight_layout()
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": shape[1] + 1, "frameon": False}
     whole.legend(labels.values(), labels, **below)
     out.parent.mkdir(parents=True, exist_ok=True)
     whole.savefig(out, dpi=140, bbox_inches="tight")
-    print(f"written: {out}")
 
 
 def main(
