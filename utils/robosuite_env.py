@@ -1,8 +1,7 @@
 """robomimic's tasks (lift, can, square) on robosuite 1.5, with the observations that robomimic's files store.
 
-The package mimicgen adds its tasks to robosuite. It all needs a virtual environment of its own: docs/data.md. The first
-success has reward 1 and ends the episode, because the demonstrations stop soon after it. Any other step has reward 0.
-An action lasts .05 s.
+It needs a virtual environment of its own (docs/data.md). The package mimicgen adds its tasks. The first success has
+reward 1 and ends the episode, because demonstrations stop soon after it; else the reward is 0. An action lasts .05 s.
 """
 
 import logging
