@@ -1,6 +1,6 @@
 """The table of tasks, and the command line that lays a task's settings over a script's own defaults."""
 
-# A task is an environment, offline data, and values for flags where the published defaults do not fit. A flag still wins.
+# A task is an environment, offline data, and values for flags where the published defaults do not fit. Flags still win.
 
 import contextlib
 import difflib
