@@ -64,11 +64,10 @@ def inspect(args: argparse.Namespace) -> None:
     env = None
     if args.task and args.task not in TASKS:
         raise InputError(f"--task {args.task!r} is unknown (known: {', '.join(TASKS)})")
-    if args.task or args.env_id:
-        task = TASKS.get(args.task)
+    task = TASKS.get(args.task)
+    if env_id := args.env_id or (task.env_id if task else ""):
         settings = task.settings if task else {}
         limit, repeat = settings.get("max_episode_steps", 0), settings.get("action_repeat", 1)
-        env_id = args.env_id or (task.env_id if task else "")
         env = make_env(env_id, args.task, args.max_episode_steps or limit, repeat, args.obs_keys)
     data = read_dataset([args.file], env, args.obs_keys)
     rows, lengths = data.rows, data.episodes[:, 1] - data.episodes[:, 0]
