@@ -17,8 +17,8 @@ from demonstrations.fetch import Controller
 from utils.envs import make_env
 from utils.tasks import TASKS
 
-TASK, STARTS = "fetch-pick-and-place", range(1000, 1006)
-BOX, SIZE = (110, 90, 390, 410), (224, 256)  # what is kept of a picture of 480 x 480, and how large it becomes
+TASK, STARTS = "fetch-pick-and-place", range(1000, 1005)
+BOX, SIZE = (110, 90, 390, 410), (180, 206)  # what is kept of a picture of 480 x 480, and how large it becomes
 GREEN, RED = (0, 158, 115), (213, 94, 0)
 
 
@@ -66,7 +66,7 @@ def main() -> None:
                 if t >= len(pictures) - 1:
                     x = i * SIZE[0]
                     draw.rectangle((x, 22, x + SIZE[0] - 1, SIZE[1] + 21), outline=GREEN if success else RED, width=5)
-            frames.append(frame.quantize(48))
+            frames.append(frame.quantize(48, dither=Image.Dither.NONE))
     frames[0].save(IMAGES / "arm.gif", save_all=True, append_images=frames[1:], duration=80, loop=0, optimize=True)
     print(f"{IMAGES / 'arm.gif'}: {(IMAGES / 'arm.gif').stat().st_size / 1e6:.2f} MB, successes {counts.tolist()}")
 
