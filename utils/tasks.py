@@ -54,7 +54,7 @@ LAPTOP = (
 QUICKSTART = LAPTOP | dict(total_timesteps=600, eval_every=100, critic_lr=6e-4, edit_scale=0.2, init_alpha=0.1)
 # 10 at the goal, 0 before it. With -1 per step, the critics prefer what they do not know yet. One action changes a
 # value by a share of 1 - gamma: at .99 this is less than the error of small critics. Hence also the long actions.
-QUICKSTART |= dict(reward_scale=10.0, gamma=0.96, action_repeat=10, guidance_lambda=0.3)  # docs/qflow.md
+QUICKSTART |= dict(reward_scale=10.0, gamma=0.96, action_repeat=10, guidance_lambda=0.3, chunk_length=2)
 TASKS: dict[str, Task] = {"laptop": Task("", (), "small networks, short runs: give --env-id and --dataset", LAPTOP)}
 for name, env_name, limit, more, about in (
     ("umaze", "UMaze", 24, {}, "a U-shaped corridor, the easiest maze"),
