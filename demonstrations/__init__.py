@@ -15,6 +15,7 @@ from utils.tasks import TASKS
 
 def demonstrations(name: str, env: gym.Env | None = None) -> Arrays:
     """The data of the task `name`. `env` is where it will be used: an action must last as long there as it did here."""
+    print(f"data: making the demonstrations of {name}", flush=True)  # before seconds of silence
     made = generate(name)
     repeat = TASKS[name].settings["action_repeat"]
     there = env.get_wrapper_attr("repeat") if env is not None and env.has_wrapper_attr("repeat") else repeat
