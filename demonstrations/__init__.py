@@ -15,22 +15,26 @@ from utils.tasks import TASKS
 
 def demonstrations(name: str, env: gym.Env | None = None) -> Arrays:
     """The data of the task `name`. `env` is where it will be used: an action must last as long there as it did here."""
-    print(f"data: making the demonstrations of {name}", flush=True)  # before seconds of silence
-    made = generate(name)
-    repeat = TASKS[name].settings["action_repeat"]
+    repeat = settings_of(name)["action_repeat"]
     there = env.get_wrapper_attr("repeat") if env is not None and env.has_wrapper_attr("repeat") else repeat
     if there != repeat:
         raise InputError(f"--action-repeat {there}: it is made with {repeat}; its actions are others")
-    return dict(made)
+    print(f"data: making the demonstrations of {name}", flush=True)  # before seconds of silence
+    return dict(generate(name))
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings of a task whose data is made here."""
+    known = [task for task in TASKS if TASKS[task].dataset == (f"generated:{task}",)]
+    if name not in known:
+        raise InputError(f"no such task (known: {', '.join(f'generated:{task}' for task in known)})")
+    return TASKS[name].settings
 
 
 @functools.cache
 def generate(name: str, num_episodes: int = 0, seed: int = 0) -> Arrays:
     """The same for the same seed. 0 episodes: as many as a run gets."""
-    known = [task for task in TASKS if TASKS[task].dataset == (f"generated:{task}",)]
-    if name not in known:
-        raise InputError(f"no such task (known: {', '.join(f'generated:{task}' for task in known)})")
-    limit, repeat = (TASKS[name].settings[key] for key in ("max_episode_steps", "action_repeat"))
+    limit, repeat = (settings_of(name)[key] for key in ("max_episode_steps", "action_repeat"))
     module = import_module(f"demonstrations.{name.partition('-')[0]}")
     env = make_env(TASKS[name].env_id, name, limit, repeat)
     return record(env, module.Controller, num_episodes or module.NUM_EPISODES, seed)

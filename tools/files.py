@@ -9,11 +9,13 @@ import numpy as np
 
 from utils import InputError, reason
 from utils.arrays import Arrays
+from utils.sources import SOURCES
 
 
 def own_folder() -> Path:
-    """Where data lies that has no folder of its own: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
-    return Path(os.environ.get("EXPO_CACHE_DIR") or Path.home() / ".cache" / "expo").expanduser()
+    """Where data lies whose package has no folder of its own: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
+    variable, usual, _ = SOURCES["robomimic"]
+    return Path(os.environ.get(variable) or Path.home() / usual).expanduser()
 
 
 def write_d4rl(path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:

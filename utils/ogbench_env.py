@@ -37,7 +37,7 @@ class SingleTask(gym.Wrapper):
                 raise InputError(f"the data has no {key!r}, which the rewards of {self.name} are made from")
         width = self.get_wrapper_attr("model").nq
         if data["qpos"].shape[1:] != (width,):
-            raise InputError(f"'qpos' is {data['qpos'].shape[1:]} wide; {self.name} has {width} coordinates")
+            raise InputError(f"'qpos' has shape {data['qpos'].shape}; {self.name} has {width} coordinates")
         relabel_dataset(self.name, self.env, data)
         done = data["masks"] == 0
         return arrays | {"rewards": data["rewards"], "terminals": done, "infos/success": done}
