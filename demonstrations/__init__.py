@@ -10,17 +10,22 @@ import numpy as np
 from utils import InputError
 from utils.arrays import Arrays
 from utils.envs import make_env
+from utils.sources import split_count
 from utils.tasks import TASKS
 
 
-def demonstrations(name: str, env: gym.Env | None = None) -> Arrays:
-    """The data of the task `name`. `env` is where it will be used: an action must last as long there as it did here."""
+def demonstrations(spec: str, env: gym.Env | None = None) -> Arrays:
+    """The data of a task; `spec` is its name, or "NAME:200" for another number of episodes than a run gets.
+
+    `env` is where it will be used: an action must last as long there as it did here.
+    """
+    name, num_episodes = split_count(spec)
     repeat = settings_of(name)["action_repeat"]
     there = env.get_wrapper_attr("repeat") if env is not None and env.has_wrapper_attr("repeat") else repeat
     if there != repeat:
         raise InputError(f"--action-repeat {there}: it is made with {repeat}; its actions are others")
     print(f"data: making the demonstrations of {name}", flush=True)  # before seconds of silence
-    return dict(generate(name))
+    return dict(generate(name, num_episodes))
 
 
 def settings_of(name: str) -> dict[str, Any]:

@@ -69,6 +69,9 @@ def test_demonstrations():
     assert all(np.array_equal(array, first[key][: len(array)]) for key, array in again.items())
     assert obs.shape[1] == 22 and not np.array_equal(obs[0], other["observations"][0])
     assert np.array_equal(read_dataset([f"generated:{NAME}"], env).rows.obs, obs)
+    read = [read_dataset([f"generated:{NAME}:{n}"], env) for n in (2, 51)]  # fewer and more than usual
+    assert [len(data.episodes) for data in read] == [2, 51]
+    assert all(np.array_equal(data.rows.obs[: len(obs)], obs[: len(data.rows.obs)]) for data in read)
     for episode in (0, 7, 49):
         env.reset(seed=episode)
         assert all(np.array_equal(env.step(actions[row])[0], obs[row + 1]) for row in starts[episode] + np.arange(9))

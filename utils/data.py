@@ -47,7 +47,7 @@ def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Seq
     parts: list[Dataset] = []
     for spec in specs:
         name, count = split_count(spec)
-        place = name if name.startswith("generated:") else find_file(name)
+        place = spec if spec.startswith("generated:") else find_file(name)
         try:
             part = to_dataset(read(place, env, obs_keys), relabel)
             part = first_episodes(part, count) if count else part
