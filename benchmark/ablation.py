@@ -7,10 +7,14 @@ The changes are the functions below. All flags but --change and --script go to t
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
@@ -42,6 +46,110 @@ def edit_without_choice(script: Any) -> None:
     script.Agent.with_edits = lambda agent, obs, base_actions: edits(agent, obs, base_actions)[..., -1:, :]
 
 
+def imitate_first(script: Any) -> None:
+    """RLPD: its actor imitates in the first half of the offline updates, by maximum likelihood."""
+    update, reinforce = script.update, script.Agent.actor_loss
+
+    def actor_loss(agent: Any, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if not agent.imitates:
+            return reinforce(agent, batch)
+        mean, log_std = agent.actor.gaussian(batch.obs)
+        actions = batch.actions.clamp(-0.999, 0.999).atanh()  # before the tanh
+        loss = -torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1).mean()
+        return loss, torch.tensor(agent.target_entropy), {"losses/imitation": loss}  # alpha stands still
+
+    def half(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
+        agent.imitates = 2 * steps_of(optimizers.actor) < agent.args.offline_steps
+        return update(agent, optimizers, batch)
+
+    script.update, script.Agent.actor_loss = half, actor_loss
+
+
+# ---- cures: what might help where edits harm -------------------------------------------------------------------------
+def online_mean(script: Any) -> None:
+    """The mean of all online critics ranks the candidates. Two target critics give the value, as before."""
+
+    @torch.no_grad()
+    def rank(agent: Any, obs: Tensor, candidates: Tensor) -> Tensor:
+        return agent.critic(obs.unsqueeze(-2).expand(*candidates.shape[:-1], -1), candidates).mean(0)
+
+    script.Agent.rank = rank
+
+
+def other_heads(script: Any) -> None:
+    """One half of the target critics ranks the candidates, and the other half gives the value of the best."""
+
+    def random_min(critic: Any, obs: Tensor, actions: Tensor, num: int, first: int = 0) -> Tensor:
+        heads = first + torch.randperm(critic.num // 2, device=obs.device)[:num]
+        return critic(obs, actions, heads).amin(0)
+
+    @torch.no_grad()
+    def rank(agent: Any, obs: Tensor, candidates: Tensor) -> Tensor:
+        obs = obs.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
+        return random_min(
+            agent.target_critic, obs, candidates, agent.args.num_min_critics, agent.target_critic.num // 2
+        )
+
+    script.Critic.random_min, script.Agent.rank = random_min, rank
+
+
+def lower_bound(script: Any) -> None:
+    """A value is the mean of all target critics less half of their standard deviation, not the minimum of two."""
+
+    def bound(critic: Any, obs: Tensor, actions: Tensor, num: int) -> Tensor:
+        q = critic(obs, actions)
+        return q.mean(0) - 0.5 * q.std(0)
+
+    script.Critic.random_min = bound
+
+
+def small_first_edits(script: Any) -> None:
+    """The last layer of the edit policy is 0, and alpha starts at .01: at first, edits push in no direction."""
+    init = script.Agent.__init__
+
+    def changed(agent: Any, *dims_and_args: Any) -> None:
+        init(agent, *dims_and_args)
+        with torch.no_grad():
+            for parameter in (*agent.edit_policy.mean.parameters(), *agent.edit_policy.log_std.parameters()):
+                parameter.zero_()
+            agent.log_alpha.fill_(math.log(0.01))
+
+    script.Agent.__init__ = changed
+
+
+def fresh_actions(script: Any) -> None:
+    """Edits are trained on new samples of the base policy, not on the actions of the batch."""
+    loss = script.Agent.edit_policy_loss
+
+    def changed(agent: Any, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        actions = agent.base_actions(batch.obs, agent.base_policy, 1).squeeze(-2)
+        return loss(agent, batch._replace(actions=actions))
+
+    script.Agent.edit_policy_loss = changed
+
+
+def base_acts_first(script: Any) -> None:
+    """The base policy alone takes the first tenth of the environment steps (evaluations have several episodes)."""
+    update, act = script.update, script.Agent.on_the_fly_actions
+
+    def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
+        info, args = update(agent, optimizers, batch), agent.args
+        agent.base_acts = steps_of(optimizers.base) < args.offline_steps + args.total_timesteps // 10
+        return info
+
+    def first(agent: Any, obs: Tensor) -> Tensor:
+        if agent.base_acts and len(obs) == 1:  # not in an evaluation
+            return agent.base_actions(obs, agent.target_base_policy, 1).squeeze(-2)
+        return act(agent, obs)
+
+    script.update, script.Agent.on_the_fly_actions, script.Agent.base_acts = counted, first, True
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> int:
+    """How many steps it has made, also before the run was resumed."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def run_changed(*changes: Callable[[Any], None]) -> None:
     """Reads --script, and --change if there are several, and runs the script with the change made."""
     parser, names = argparse.ArgumentParser(add_help=False, allow_abbrev=False), {f.__name__: f for f in changes}
@@ -54,4 +162,5 @@ def run_changed(*changes: Callable[[Any], None]) -> None:
 
 
 if __name__ == "__main__":
-    run_changed(acting_only, online_base, flow_base, edit_without_choice)
+    controls = acting_only, online_base, flow_base, edit_without_choice, imitate_first
+    run_changed(*controls, online_mean, other_heads, lower_bound, small_first_edits, fresh_actions, base_acts_first)

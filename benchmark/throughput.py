@@ -1,7 +1,6 @@
 """Measures how long an update takes, and which of its parts takes how long.
 
-    python benchmark/throughput.py --task antmaze-umaze --naive       # the published sizes, and the obvious way beside
-    python benchmark/throughput.py --task antmaze-umaze --against /path/to/another/checkout
+    python benchmark/throughput.py --task antmaze-umaze
     python benchmark/throughput.py --task antmaze-umaze --rows expo_flow "expo_flow --num-edit-samples 0" baselines.rlpd
 
 All other flags go to the scripts. Times are medians. On a shared machine a ratio, measured in turns, says more.
@@ -14,7 +13,6 @@ import json
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
 from benchmark.grid import ROOT
-from benchmark.naive import NaiveExpo
 from tools import one_line_errors
-from utils import InputError
 from utils.envs import make_env
 from utils.tasks import parse_args
 
@@ -48,8 +44,6 @@ class Options:
     rows: tuple[str, ...] = ()  # instead of --script: several "MODULE FLAGS", measured in alternation
     repeats: int = 5  # measurements of everything
     cpu_time: bool = False  # count CPU time: with one thread, other programs then disturb less
-    naive: bool = False  # also measure benchmark/naive.py: the same update, written the obvious way
-    against: str = ""  # another checkout of this repository, measured in alternation with this one
     differences: bool = False  # also compare the losses and gradients of the first two rows, after one update
     json: str = ""  # also write everything to this file
 
@@ -144,23 +138,6 @@ def parts(side: Side, options: Options) -> dict[str, float]:
     return found
 
 
-def checkouts(options: Options, words: list[str]) -> dict[str, list[float]]:
-    """Measures another checkout and this one in turn, each time with its own throughput.py in a process of its own."""
-    sides = {"there": Path(options.against).resolve(), "here": ROOT}
-    seconds: dict[str, list[float]] = {f"{key} {side}": [] for key in KEYS for side in sides}
-    with tempfile.TemporaryDirectory() as folder:
-        for side, root in list(sides.items()) * options.repeats:
-            command = [sys.executable, str(root / "benchmark" / "throughput.py"), "--script", options.script]
-            command += ["--repeats", "2", "--json", f"{folder}/found.json", *words]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-            if done.returncode:
-                raise InputError(f"{shlex.join(command)} failed: {(done.stderr.splitlines() or ['nothing'])[-1]}")
-            found = json.loads(Path(folder, "found.json").read_text())
-            for key in KEYS:
-                seconds[f"{key} {side}"].append(found[f"{key}_s"])
-    return seconds
-
-
 def differences(*sides: Side) -> dict[str, float]:
     """Largest relative difference of the losses, and of the last gradients, after one update with the same draws."""
     losses, gradients = [], []
@@ -197,22 +174,15 @@ def main() -> None:
     if options.differences:
         result["differences"] = differences(*[sides[row] for row in rows[:2]])
         print(f"largest relative difference after one update: {result['differences']}")
-    if options.against:
-        rows, seconds = ["there", "here"], checkouts(options, words)
-    else:
-        calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in KEYS}
-        if options.naive:
-            naive = NaiveExpo(side.script, side.dims[0], side.dims[1], side.args, side.obs.device)
-            rows, calls["update naive"] = [*rows, "naive"], lambda: naive.update(side.draw())
-            calls["action naive"] = lambda: naive.best_actions(side.obs, naive.target_base_policy)
-        seconds = measure(calls, options)
-        for row in rows:
-            with FlopCounterMode(display=False) as counter:
-                calls[f"update {row}"]()
-            gflop[row] = float(f"{counter.get_total_flops() / 1e9:.4g}")
+    calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in KEYS}
+    seconds = measure(calls, options)
+    for row in rows:
+        with FlopCounterMode(display=False) as counter:
+            calls[f"update {row}"]()
+        gflop[row] = float(f"{counter.get_total_flops() / 1e9:.4g}")
     print_table(rows, seconds, gflop)
     result |= {"seconds": seconds, "gflop": gflop} | {f"{k}_s": median(seconds[f"{k} {rows[0]}"]) for k in KEYS}
-    if not options.rows and not options.against:
+    if not options.rows:
         result["parts_s"] = parts(side, options)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -3,10 +3,12 @@
 import importlib
 import json
 import sys
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from conftest import make_agent, tiny_run_args
+from conftest import make_agent, make_args, make_batch, tiny_run_args
 
 from benchmark import ablation, overestimation, throughput
 
@@ -18,9 +20,9 @@ def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, 
         throughput.main()
         return json.loads((tmp_path / "a.json").read_text())
 
-    found = measured("--naive")
+    found = measured()
     assert min(found["update_s"], found["action_s"], *found["parts_s"].values()) > 0 and len(found["parts_s"]) == 6
-    assert "| chain |" in (out := capsys.readouterr().out) and "| naive |" in out
+    assert "| chain |" in capsys.readouterr().out
     found = measured("--differences", "--rows", "expo_flow", "expo_flow --num-target-samples 4")  # the same number
     assert found["differences"] == {"losses": 0, "gradients": 0} and len(set(found["gflop"].values())) == 1
     rows = ["expo_flow --utd-ratio 4", "expo_flow --utd-ratio 4 --num-target-samples 1"]
@@ -28,24 +30,77 @@ def test_throughput_measures_parts_sides_and_differences(tmp_path, monkeypatch, 
     assert found["differences"]["gradients"] > 1e-3 and min(found["update_s"], found["action_s"]) > 0
     whole, fewer, faster, rlpd = found["gflop"].values()
     assert whole > fewer > faster > rlpd > 0 and "| baselines.rlpd |" in capsys.readouterr().out
-    (tmp_path / "benchmark").mkdir()  # of another checkout
-    text = "import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write('{\"update_s\": 1e4, \"action_s\": 1}')"
-    (tmp_path / "benchmark" / "throughput.py").write_text(text)
-    monkeypatch.setattr(throughput, "ROOT", tmp_path)
-    assert measured("--against", str(tmp_path))["seconds"]["update there"] == [1e4]
 
 
-def test_changes_leave_one_candidate_and_ask_the_online_base_policy(script, monkeypatch):
-    monkeypatch.setattr(script, "next_candidates", script.next_candidates)  # puts it back at the end
-    for name in ("with_edits", "base_actions"):
-        monkeypatch.setattr(script.Agent, name, getattr(script.Agent, name))
-    for change in (ablation.acting_only, ablation.edit_without_choice, ablation.online_base):
-        change(script)
+@pytest.fixture
+def changed(monkeypatch):
+    """changed(name, *changes): a fresh import of a script with the changes made; the others' import stays as it is."""
+
+    def fresh(name: str, *changes: str) -> Any:
+        monkeypatch.setitem(sys.modules, name, None)  # puts the old one back at the end
+        del sys.modules[name]
+        script = importlib.import_module(name)
+        for change in changes:
+            getattr(ablation, change)(script)
+        return script
+
+    return fresh
+
+
+def test_changes_leave_one_candidate_and_ask_the_online_base_policy(changed):
+    script = changed("expo_flow", "acting_only", "edit_without_choice", "online_base")
     agent = make_agent(script)
     agent.target_base_policy.sample = None
     assert agent.with_edits(torch.randn(5, 3), torch.zeros(5, 4, 2)).abs().min() > 0  # an edit, not a base action
     assert script.next_candidates(agent, torch.randn(2, 5, 3)).shape == (2, 5, 1, 2)
     assert agent(torch.randn(5, 3)).shape == (5, 2)
+
+
+def test_rlpd_imitates_in_the_first_half_of_the_offline_updates(changed):
+    script = changed("baselines.rlpd", "imitate_first")
+    agent, batch = make_agent(script, offline_steps=4), make_batch(script, 1, 6)
+    optimizers, alpha = script.Optimizers(agent, agent.args), agent.log_alpha.item()
+    mean, log_std = agent.actor.gaussian(batch.obs[0])
+    z = (batch.actions[0].atanh() - mean) / log_std.exp()
+    likelihood = (-0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1).mean()
+    assert torch.isclose(script.update(agent, optimizers, batch)["losses/imitation"], -likelihood)
+    assert "losses/actor" not in script.update(agent, optimizers, batch) and agent.log_alpha.item() == alpha
+    assert "losses/actor" in script.update(agent, optimizers, batch) and agent.log_alpha.item() != alpha
+
+
+def test_cures_rank_and_value_as_they_say(changed):
+    obs, candidates = torch.randn(5, 3), torch.randn(5, 4, 2)
+    pairs = obs[:, None].expand(5, 4, 3), candidates
+    agent = make_agent(changed("expo_diffusion", "online_mean"), num_critics=4)
+    assert torch.allclose(agent.rank(obs, candidates), agent.critic(*pairs).mean(0))
+    agent = make_agent(changed("expo_diffusion", "lower_bound"), num_critics=4)
+    q = agent.target_critic(*pairs)
+    assert torch.allclose(agent.rank(obs, candidates), q.mean(0) - q.std(0) / 2)
+    agent, asked = make_agent(changed("expo_diffusion", "other_heads"), num_critics=4), []
+    agent.target_critic.forward = lambda obs, actions, heads: asked.append(heads) or torch.zeros(2, *actions.shape[:-1])
+    for _ in range(9):
+        agent.td_target(make_batch(sys.modules["expo_diffusion"], 5), candidates)
+    assert {int(head) for heads in asked[::2] for head in heads} == {2, 3}  # they rank
+    assert {int(head) for heads in asked[1::2] for head in heads} == {0, 1}  # they value
+
+
+def test_cures_change_how_edits_begin(changed):
+    script = changed("expo_diffusion", "small_first_edits", "fresh_actions", "base_acts_first")
+    agent = script.Agent(3, 2, make_args(script, num_base_samples=2, num_edit_samples=2, offline_steps=1))
+    agent.args.total_timesteps, obs, batch = 10, torch.randn(5, 3), make_batch(script, 1, 5)
+    assert agent.log_alpha.exp().item() == pytest.approx(0.01) and not agent.edit_policy.mean(torch.randn(8, 16)).any()
+    seen, sampled = [], torch.full((5, 1, 2), 0.5)
+    agent.base_actions, edit = (lambda obs, policy, num: sampled[: len(obs)].expand(-1, num, -1)), agent.edit_policy
+    edit.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    agent.edit_policy_loss(script.Batch(*(field[0] for field in batch)))
+    assert (seen[0] == 0.5).all()  # a sample of the base policy, not an action of the batch
+    agent.with_edits = lambda obs, base_actions: base_actions + 1
+    optimizers = script.Optimizers(agent, agent.args)
+    acts = []
+    for _ in range(4):  # the first update is offline; a tenth of ten environment steps is one
+        acts.append(tuple(agent.on_the_fly_actions(part).mean().item() for part in (obs[:1], obs)))
+        script.update(agent, optimizers, batch)
+    assert acts == [(0.5, 1.5), (0.5, 1.5), (1.5, 1.5), (1.5, 1.5)]
 
 
 def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
