@@ -47,7 +47,7 @@ def edit_without_choice(script: Any) -> None:
 
 
 def imitate_first(script: Any) -> None:
-    """RLPD: its actor imitates in the first half of the offline updates, by maximum likelihood."""
+    """RLPD: in the offline updates its actor only imitates, by maximum likelihood. Its critics learn as usual."""
     update, reinforce = script.update, script.Agent.actor_loss
 
     def actor_loss(agent: Any, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -58,11 +58,11 @@ def imitate_first(script: Any) -> None:
         loss = -torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1).mean()
         return loss, torch.tensor(agent.target_entropy), {"losses/imitation": loss}  # alpha stands still
 
-    def half(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
-        agent.imitates = 2 * steps_of(optimizers.actor) < agent.args.offline_steps
+    def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
+        agent.imitates = steps_of(optimizers.actor) < agent.args.offline_steps
         return update(agent, optimizers, batch)
 
-    script.update, script.Agent.actor_loss = half, actor_loss
+    script.update, script.Agent.actor_loss = counted, actor_loss
 
 
 # ---- cures: what might help where edits harm -------------------------------------------------------------------------

@@ -56,9 +56,9 @@ def test_changes_leave_one_candidate_and_ask_the_online_base_policy(changed):
     assert agent(torch.randn(5, 3)).shape == (5, 2)
 
 
-def test_rlpd_imitates_in_the_first_half_of_the_offline_updates(changed):
+def test_rlpd_imitates_in_the_offline_updates(changed):
     script = changed("baselines.rlpd", "imitate_first")
-    agent, batch = make_agent(script, offline_steps=4), make_batch(script, 1, 6)
+    agent, batch = make_agent(script, offline_steps=2), make_batch(script, 1, 6)
     optimizers, alpha = script.Optimizers(agent, agent.args), agent.log_alpha.item()
     mean, log_std = agent.actor.gaussian(batch.obs[0])
     z = (batch.actions[0].atanh() - mean) / log_std.exp()
