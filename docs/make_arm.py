@@ -17,7 +17,8 @@ from demonstrations.fetch import Controller
 from utils.envs import make_env
 from utils.tasks import TASKS
 
-TASK, STARTS = "fetch-pick-and-place", range(1000, 1005)
+TASK, STARTS, STEPS = "fetch-pick-and-place", range(1000, 1005), 1_000
+FLAGS = f"--task {TASK} --dataset generated:{TASK}:200 --offline-steps 6000 --total-timesteps"  # as in arm_200.toml
 BOX, SIZE = (110, 90, 390, 410), (180, 206)  # what is kept of a picture of 480 x 480, and how large it becomes
 GREEN, RED = (0, 158, 115), (213, 94, 0)
 
@@ -40,10 +41,9 @@ def policy(sample: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarr
 def main() -> None:
     settings = TASKS[TASK].settings
     env = make_env(TASKS[TASK].env_id, TASK, settings["max_episode_steps"], settings["action_repeat"], (), "rgb_array")
-    flags = ["--task", TASK, "--total-timesteps"]
-    imitation = trained_agent("expo_diffusion", "arm imitation", [*flags, "0"]).target_base_policy.sample
-    expo = trained_agent("expo_diffusion", "arm", [*flags, str(settings["total_timesteps"])])
-    titles = "demonstration", "imitation alone", f"EXPO, {settings['total_timesteps']:,} steps"
+    imitation = trained_agent("expo_flow", "arm imitation", [*FLAGS.split(), "0"]).target_base_policy.sample
+    expo = trained_agent("expo_flow", "arm", [*FLAGS.split(), str(STEPS)])
+    titles = "demonstration", "imitation alone", f"EXPO, {STEPS:,} steps"
     frames, counts, font = [], np.zeros(3, int), ImageFont.load_default(14)
     for number, seed in enumerate(STARTS, 1):
         torch.manual_seed(seed)
