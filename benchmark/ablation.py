@@ -46,6 +46,12 @@ def edit_without_choice(script: Any) -> None:
     script.Agent.with_edits = lambda agent, obs, base_actions: edits(agent, obs, base_actions)[..., -1:, :]
 
 
+def former_starts(script: Any) -> None:
+    """Evaluation episodes start as at commit 1413312, and so as in the authors' curves: their seeds are consecutive."""
+    seed = script.episode_seed
+    script.episode_seed = lambda run, kind, episode: 1_000_000 + run + episode if kind else seed(run, kind, episode)
+
+
 def imitate_first(script: Any) -> None:
     """RLPD: in the offline updates its actor only imitates, by maximum likelihood. Its critics learn as usual."""
     update, reinforce = script.update, script.Agent.actor_loss
@@ -85,10 +91,8 @@ def other_heads(script: Any) -> None:
 
     @torch.no_grad()
     def rank(agent: Any, obs: Tensor, candidates: Tensor) -> Tensor:
-        obs = obs.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
-        return random_min(
-            agent.target_critic, obs, candidates, agent.args.num_min_critics, agent.target_critic.num // 2
-        )
+        obs, critic = obs.unsqueeze(-2).expand(*candidates.shape[:-1], -1), agent.target_critic
+        return random_min(critic, obs, candidates, agent.args.num_min_critics, critic.num // 2)
 
     script.Critic.random_min, script.Agent.rank = random_min, rank
 
@@ -109,10 +113,9 @@ def small_first_edits(script: Any) -> None:
 
     def changed(agent: Any, *dims_and_args: Any) -> None:
         init(agent, *dims_and_args)
-        with torch.no_grad():
-            for parameter in (*agent.edit_policy.mean.parameters(), *agent.edit_policy.log_std.parameters()):
-                parameter.zero_()
-            agent.log_alpha.fill_(math.log(0.01))
+        for parameter in (*agent.edit_policy.mean.parameters(), *agent.edit_policy.log_std.parameters()):
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(agent.log_alpha, math.log(0.01))
 
     script.Agent.__init__ = changed
 
@@ -162,5 +165,5 @@ def run_changed(*changes: Callable[[Any], None]) -> None:
 
 
 if __name__ == "__main__":
-    controls = acting_only, online_base, flow_base, edit_without_choice, imitate_first
+    controls = acting_only, online_base, flow_base, edit_without_choice, former_starts, imitate_first
     run_changed(*controls, online_mean, other_heads, lower_bound, small_first_edits, fresh_actions, base_acts_first)

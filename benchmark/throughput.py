@@ -74,12 +74,10 @@ class Side:
         torch.set_float32_matmul_precision(self.args.matmul_precision)
         torch.set_num_threads(self.args.threads or torch.get_num_threads())
 
-    def draw(self) -> Any:
-        return self.buffer.draw(1.0, self.args.utd_ratio, self.args.batch_size)
-
     def update(self) -> dict[str, torch.Tensor]:
         self.configure()
-        return self.script.update(self.agent, self.optimizers, self.draw())
+        batch = self.buffer.draw(1.0, self.args.utd_ratio, self.args.batch_size)
+        return self.script.update(self.agent, self.optimizers, batch)
 
     def action(self) -> torch.Tensor:
         self.configure()

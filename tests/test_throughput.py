@@ -56,6 +56,13 @@ def test_changes_leave_one_candidate_and_ask_the_online_base_policy(changed):
     assert agent(torch.randn(5, 3)).shape == (5, 2)
 
 
+def test_former_starts_are_those_of_evaluations_alone(changed):
+    seed = changed("expo_flow").episode_seed(3, 0, 9)
+    script = changed("expo_flow", "former_starts")
+    assert [script.episode_seed(3, 1, i) for i in (0, 9)] == [1_000_003, 1_000_012]
+    assert script.episode_seed(3, 0, 9) == seed
+
+
 def test_rlpd_imitates_in_the_offline_updates(changed):
     script = changed("baselines.rlpd", "imitate_first")
     agent, batch = make_agent(script, offline_steps=2), make_batch(script, 1, 6)
