@@ -29,15 +29,38 @@ def acting_only(script: Any) -> None:
     script.next_candidates = lambda agent, next_obs: candidates(agent, next_obs)[..., :1, :]
 
 
-def online_base(script: Any) -> None:
-    """The base policy itself proposes the actions to choose from, not its moving average."""
-    samples = script.Agent.base_actions
-    script.Agent.base_actions = lambda agent, obs, policy, num: samples(agent, obs, agent.base_policy, num)
-
-
 def flow_base(script: Any) -> None:
     """The base policy is that of expo_flow."""
     script.BasePolicy = expo_flow.BasePolicy
+
+
+def gaussian_base(script: Any) -> None:
+    """The base policy is a Gaussian that imitates by maximum likelihood, with as many blocks of the same width."""
+
+    class Gaussian(torch.nn.Module):
+        def __init__(self, obs_dim: int, action_dim: int, args: Any):
+            super().__init__()
+            width, linear = args.base_hidden_dim, script.linear
+            blocks = (script.ResidualBlock(width, args.base_expansion) for _ in range(args.base_blocks))
+            self.layers = torch.nn.Sequential(linear(obs_dim, width), *blocks, torch.nn.SiLU())
+            self.mean, self.log_std = linear(width, action_dim), linear(width, action_dim)
+
+        def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
+            x = self.layers(obs)
+            return imitation(self.mean(x), self.log_std(x), actions)
+
+        @torch.no_grad()
+        def sample(self, obs: Tensor) -> Tensor:
+            x = self.layers(obs)
+            return torch.normal(self.mean(x).tanh(), self.log_std(x).clamp(-5, 2).exp()).clamp(-1, 1)
+
+    script.BasePolicy = Gaussian
+
+
+def imitation(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Minus the likelihood of actions (B, A) under a Gaussian around tanh(mean). Many actions are at +-1, so that a
+    Gaussian before the tanh would fit atanh(1)."""
+    return -torch.distributions.Normal(mean.tanh(), log_std.clamp(-5, 2).exp()).log_prob(actions).sum(-1).mean()
 
 
 def edit_without_choice(script: Any) -> None:
@@ -52,23 +75,26 @@ def former_starts(script: Any) -> None:
     script.episode_seed = lambda run, kind, episode: 1_000_000 + run + episode if kind else seed(run, kind, episode)
 
 
-def imitate_first(script: Any) -> None:
-    """RLPD: in the offline updates its actor only imitates, by maximum likelihood. Its critics learn as usual."""
+def imitate_first(script: Any, share: float = 1.0) -> None:
+    """RLPD: in this share of the offline updates its actor only imitates. Its critics learn as usual."""
     update, reinforce = script.update, script.Agent.actor_loss
 
     def actor_loss(agent: Any, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if not agent.imitates:
             return reinforce(agent, batch)
-        mean, log_std = agent.actor.gaussian(batch.obs)
-        actions = batch.actions.clamp(-0.999, 0.999).atanh()  # before the tanh
-        loss = -torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1).mean()
+        loss = imitation(*agent.actor.gaussian(batch.obs), batch.actions)
         return loss, torch.tensor(agent.target_entropy), {"losses/imitation": loss}  # alpha stands still
 
     def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
-        agent.imitates = steps_of(optimizers.actor) < agent.args.offline_steps
+        agent.imitates = steps_of(optimizers.actor) < share * agent.args.offline_steps
         return update(agent, optimizers, batch)
 
     script.update, script.Agent.actor_loss = counted, actor_loss
+
+
+def imitate_half(script: Any) -> None:
+    """RLPD: its actor imitates in the first half of the offline updates."""
+    imitate_first(script, 0.5)
 
 
 # ---- cures: what might help where edits harm -------------------------------------------------------------------------
@@ -83,7 +109,7 @@ def online_mean(script: Any) -> None:
 
 
 def other_heads(script: Any) -> None:
-    """One half of the target critics ranks the candidates, and the other half gives the value of the best."""
+    """One half of the target critics always ranks the candidates, and the other half gives the value of the best."""
 
     def random_min(critic: Any, obs: Tensor, actions: Tensor, num: int, first: int = 0) -> Tensor:
         heads = first + torch.randperm(critic.num // 2, device=obs.device)[:num]
@@ -108,13 +134,14 @@ def lower_bound(script: Any) -> None:
 
 
 def small_first_edits(script: Any) -> None:
-    """The last layer of the edit policy is 0, and alpha starts at .01: at first, edits push in no direction."""
+    """Alpha starts at .01, and edits start small and without direction: their last layer is 0, with a bias of -3."""
     init = script.Agent.__init__
 
     def changed(agent: Any, *dims_and_args: Any) -> None:
         init(agent, *dims_and_args)
-        for parameter in (*agent.edit_policy.mean.parameters(), *agent.edit_policy.log_std.parameters()):
+        for parameter in (*agent.edit_policy.mean.parameters(), agent.edit_policy.log_std.weight):
             torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(agent.edit_policy.log_std.bias, -3.0)
         torch.nn.init.constant_(agent.log_alpha, math.log(0.01))
 
     script.Agent.__init__ = changed
@@ -132,12 +159,12 @@ def fresh_actions(script: Any) -> None:
 
 
 def base_acts_first(script: Any) -> None:
-    """The base policy alone takes the first tenth of the environment steps (evaluations have several episodes)."""
+    """The base policy alone takes the first quarter of the environment steps (evaluations have several episodes)."""
     update, act = script.update, script.Agent.on_the_fly_actions
 
     def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
         info, args = update(agent, optimizers, batch), agent.args
-        agent.base_acts = steps_of(optimizers.base) < args.offline_steps + args.total_timesteps // 10
+        agent.base_acts = steps_of(optimizers.base) < args.offline_steps + args.total_timesteps // 4
         return info
 
     def first(agent: Any, obs: Tensor) -> Tensor:
@@ -165,5 +192,5 @@ def run_changed(*changes: Callable[[Any], None]) -> None:
 
 
 if __name__ == "__main__":
-    controls = acting_only, online_base, flow_base, edit_without_choice, former_starts, imitate_first
+    controls = acting_only, flow_base, gaussian_base, edit_without_choice, former_starts, imitate_first, imitate_half
     run_changed(*controls, online_mean, other_heads, lower_bound, small_first_edits, fresh_actions, base_acts_first)

@@ -142,7 +142,7 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
             cells += [number([reached(curve, level)[0] for curve in found]) for level in (0.5, 0.8, 0.9)]
             cells += [number([reached(curve, 0.9)[1] for curve in found])]
         for metric in metrics:
-            key = metric.replace("eval/", "eval/base_") if method == "base_alone" else metric
+            key = metric.replace("eval/", "eval/base_") if method.startswith("base_alone") else metric
             last = [curve.values[-1] for curve in curves(seeds[method], key).values()]
             cells.append(f"{np.median(last):.3g}" if last else "-")
         rows.append(cells)
@@ -220,7 +220,7 @@ def main(
         keys[task] = key = "eval/success_rate" if success else "eval/return"
         # Of a run without critics the base policy counts, not the choice of untrained critics.
         base_key = key.replace("/", "/base_")
-        parts = {name: curves(by_method[name], base_key if name == "base_alone" else key, 0) for name in names}
+        parts = {name: curves(by_method[name], base_key if name.startswith("base_alone") else key, 0) for name in names}
         shown[task] = {name: by_seed for name, by_seed in parts.items() if by_seed}
         if not shown[task]:
             raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")

@@ -44,7 +44,6 @@ class Options:
     rows: tuple[str, ...] = ()  # instead of --script: several "MODULE FLAGS", measured in alternation
     repeats: int = 5  # measurements of everything
     cpu_time: bool = False  # count CPU time: with one thread, other programs then disturb less
-    differences: bool = False  # also compare the losses and gradients of the first two rows, after one update
     json: str = ""  # also write everything to this file
 
 
@@ -136,17 +135,6 @@ def parts(side: Side, options: Options) -> dict[str, float]:
     return found
 
 
-def differences(*sides: Side) -> dict[str, float]:
-    """Largest relative difference of the losses, and of the last gradients, after one update with the same draws."""
-    losses, gradients = [], []
-    for side in sides:
-        torch.manual_seed(side.args.seed)
-        losses.append([value for key, value in side.update().items() if key.startswith("losses/")])
-        gradients.append([value.grad for value in side.agent.parameters() if value.grad is not None])
-    pairs = {"losses": zip(*losses, strict=True), "gradients": zip(*gradients, strict=True)}
-    return {name: max(((b - a).norm() / a.norm()).item() for a, b in both) for name, both in pairs.items()}
-
-
 def print_table(rows: list[str], seconds: dict[str, list[float]], gflop: dict[str, float]) -> None:
     """Medians of every row, and its ratio to the first row: of the medians, and from the least to the largest pair."""
     print("| row | GFLOP | update, ms | of the first | pairs | action, ms |\n|---|---|---|---|---|---|")
@@ -169,9 +157,6 @@ def main() -> None:
     result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "machine": machine}
     print(f"{', '.join(rows)}: {side.args.task or side.args.env_id}, O {side.dims[0]}, A {side.dims[1]}, on {machine}")
     gflop: dict[str, float] = {}  # of the matrix products of an update
-    if options.differences:
-        result["differences"] = differences(*[sides[row] for row in rows[:2]])
-        print(f"largest relative difference after one update: {result['differences']}")
     calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in KEYS}
     seconds = measure(calls, options)
     for row in rows:

@@ -7,10 +7,14 @@ from conftest import ROOT
 
 from benchmark import plot
 
-PAGES = {path: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 # Each is a comment <!-- table: GRID TASK --> before a table.
 TABLES = [
     (p.name, *m) for p, text in PAGES.items() for m in re.findall(r"<!-- table: (\w+) (\S+) -->\n\n((?:\|.*\n)+)", text)
+]
+# Each is a comment <!-- finals: GRID GRID --> before a table of the column "final", with one column a task.
+FINALS = [
+    (p.name, *m) for p, text in PAGES.items() for m in re.findall(r"<!-- finals: ([\w ]+) -->\n\n((?:\|.*\n)+)", text)
 ]
 
 
@@ -19,6 +23,17 @@ def test_a_table_is_that_of_the_csvs(page, grid, task, table, capsys):
     plot.main((ROOT / "benchmark" / "results" / grid,))
     printed = re.search(rf"\n{task}, eval/\w+\n\n((?:\|.*\n)+)", capsys.readouterr().out)
     assert printed and table == printed[1]
+
+
+@pytest.mark.parametrize("page, grids, table", FINALS, ids=[" ".join(found[:2]) for found in FINALS])
+def test_a_table_of_tasks_is_that_of_the_csvs(page, grids, table, capsys):
+    plot.main(tuple(ROOT / "benchmark" / "results" / grid for grid in grids.split()))
+    printed = dict(re.findall(r"\n(\S+), eval/\w+\n\n((?:\|.*\n)+)", capsys.readouterr().out))
+    (_, *tasks), _, *rows = ([cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines())
+    for method, *cells in rows:
+        for task, cell in zip(tasks, cells, strict=True):
+            found = re.search(rf"^\| {method} \| \d+ \| (.*?) \|", printed[task], re.M)
+            assert cell in ((found[1], found[1].split()[0]) if found else ("-",)), f"{method}, {task}"
 
 
 def test_times_are_those_of_the_csvs(capsys):
