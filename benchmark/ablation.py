@@ -7,18 +7,16 @@ The changes are the functions below. All flags but --change and --script go to t
 
 import argparse
 import importlib
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
-import expo_flow
 from tools import one_line_errors
 from utils.tasks import parse_args
 
@@ -29,37 +27,29 @@ def acting_only(script: Any) -> None:
     script.next_candidates = lambda agent, next_obs: candidates(agent, next_obs)[..., :1, :]
 
 
-def flow_base(script: Any) -> None:
-    """The base policy is that of expo_flow."""
-    script.BasePolicy = expo_flow.BasePolicy
-
-
 def gaussian_base(script: Any) -> None:
     """The base policy is a Gaussian that imitates by maximum likelihood, with as many blocks of the same width."""
 
-    class Gaussian(torch.nn.Module):
+    class Gaussian(nn.Module):
         def __init__(self, obs_dim: int, action_dim: int, args: Any):
             super().__init__()
             width, linear = args.base_hidden_dim, script.linear
             blocks = (script.ResidualBlock(width, args.base_expansion) for _ in range(args.base_blocks))
-            self.layers = torch.nn.Sequential(linear(obs_dim, width), *blocks, torch.nn.SiLU())
-            self.mean, self.log_std = linear(width, action_dim), linear(width, action_dim)
+            self.layers = nn.Sequential(linear(obs_dim, width), *blocks, nn.SiLU(), linear(width, 2 * action_dim))
 
         def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
-            x = self.layers(obs)
-            return imitation(self.mean(x), self.log_std(x), actions)
+            return imitation(*self.layers(obs).chunk(2, -1), actions)
 
         @torch.no_grad()
         def sample(self, obs: Tensor) -> Tensor:
-            x = self.layers(obs)
-            return torch.normal(self.mean(x).tanh(), self.log_std(x).clamp(-5, 2).exp()).clamp(-1, 1)
+            mean, log_std = self.layers(obs).chunk(2, -1)
+            return torch.normal(mean.tanh(), log_std.clamp(-5, 2).exp()).clamp(-1, 1)
 
     script.BasePolicy = Gaussian
 
 
 def imitation(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """Minus the likelihood of actions (B, A) under a Gaussian around tanh(mean). Many actions are at +-1, so that a
-    Gaussian before the tanh would fit atanh(1)."""
+    """Minus the log-likelihood of actions (B, A) under a Gaussian around tanh(mean): many actions are at +-1."""
     return -torch.distributions.Normal(mean.tanh(), log_std.clamp(-5, 2).exp()).log_prob(actions).sum(-1).mean()
 
 
@@ -140,9 +130,9 @@ def small_first_edits(script: Any) -> None:
     def changed(agent: Any, *dims_and_args: Any) -> None:
         init(agent, *dims_and_args)
         for parameter in (*agent.edit_policy.mean.parameters(), agent.edit_policy.log_std.weight):
-            torch.nn.init.zeros_(parameter)
-        torch.nn.init.constant_(agent.edit_policy.log_std.bias, -3.0)
-        torch.nn.init.constant_(agent.log_alpha, math.log(0.01))
+            nn.init.zeros_(parameter)
+        nn.init.constant_(agent.edit_policy.log_std.bias, -3.0)
+        nn.init.constant_(agent.log_alpha, -4.6)  # log .01
 
     script.Agent.__init__ = changed
 
@@ -163,9 +153,8 @@ def base_acts_first(script: Any) -> None:
     update, act = script.update, script.Agent.on_the_fly_actions
 
     def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
-        info, args = update(agent, optimizers, batch), agent.args
-        agent.base_acts = steps_of(optimizers.base) < args.offline_steps + args.total_timesteps // 4
-        return info
+        agent.base_acts = steps_of(optimizers.base) < agent.args.offline_steps + agent.args.total_timesteps // 4
+        return update(agent, optimizers, batch)
 
     def first(agent: Any, obs: Tensor) -> Tensor:
         if agent.base_acts and len(obs) == 1:  # not in an evaluation
@@ -192,5 +181,5 @@ def run_changed(*changes: Callable[[Any], None]) -> None:
 
 
 if __name__ == "__main__":
-    controls = acting_only, flow_base, gaussian_base, edit_without_choice, former_starts, imitate_first, imitate_half
+    controls = acting_only, gaussian_base, edit_without_choice, former_starts, imitate_first, imitate_half
     run_changed(*controls, online_mean, other_heads, lower_bound, small_first_edits, fresh_actions, base_acts_first)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,8 +40,7 @@ COMPILED = "on_the_fly_actions base_actions with_edits critic_loss filter_loss e
 class Options:
     """This program's own flags; all others are the script's."""
 
-    script: Literal["expo_diffusion", "expo_flow", "expo_finetune"] = "expo_diffusion"
-    rows: tuple[str, ...] = ()  # instead of --script: several "MODULE FLAGS", measured in alternation
+    rows: tuple[str, ...] = ("expo_diffusion",)  # "MODULE FLAGS" each; several are measured in turn
     repeats: int = 5  # measurements of everything
     cpu_time: bool = False  # count CPU time: with one thread, other programs then disturb less
     json: str = ""  # also write everything to this file
@@ -142,14 +141,14 @@ def print_table(rows: list[str], seconds: dict[str, list[float]], gflop: dict[st
         update, first = seconds[f"update {row}"], seconds[f"update {rows[0]}"]
         ratios = [a / b for a, b in zip(update, first, strict=True)]
         text = f"{median(update) / median(first):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
-        text = f"{gflop.get(row, '')} | {1e3 * median(update):,.1f} | {text}"
+        text = f"{gflop[row]} | {1e3 * median(update):,.1f} | {text}"
         print(f"| {row} | {text} | {1e3 * median(seconds[f'action {row}']):.2f} |")
 
 
 def main() -> None:
     """Reads both sets of flags, measures, prints, and writes the file."""
     options, words = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    sides = {row: Side(row, words) for row in options.rows or (options.script,)}
+    sides = {row: Side(row, words) for row in options.rows}
     rows, side = list(sides), next(iter(sides.values()))
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
     machine = f"{side.obs.device}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -165,7 +164,7 @@ def main() -> None:
         gflop[row] = float(f"{counter.get_total_flops() / 1e9:.4g}")
     print_table(rows, seconds, gflop)
     result |= {"seconds": seconds, "gflop": gflop} | {f"{k}_s": median(seconds[f"{k} {rows[0]}"]) for k in KEYS}
-    if not options.rows:
+    if len(rows) == 1 and rows[0].startswith("expo_"):
         result["parts_s"] = parts(side, options)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

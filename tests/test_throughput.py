@@ -113,7 +113,7 @@ def test_cures_change_how_edits_begin(changed):
     script = changed("expo_diffusion", "small_first_edits", "fresh_actions", "base_acts_first")
     agent = script.Agent(3, 2, make_args(script, num_base_samples=2, num_edit_samples=2, offline_steps=1))
     agent.args.total_timesteps, obs, batch = 10, torch.randn(5, 3), make_batch(script, 1, 5)
-    assert agent.log_alpha.exp().item() == pytest.approx(0.01) and not agent.edit_policy.mean(torch.randn(8, 16)).any()
+    assert agent.log_alpha.exp().item() == pytest.approx(0.01, rel=0.01) and not agent.edit_policy.mean(torch.randn(8, 16)).any()
     assert (agent.edit_policy.log_std(torch.randn(8, 16)) == -3).all()
     seen, sampled = [], torch.full((5, 1, 2), 0.5)
     agent.base_actions, edit = (lambda obs, policy, num: sampled[: len(obs)].expand(-1, num, -1)), agent.edit_policy
@@ -123,10 +123,10 @@ def test_cures_change_how_edits_begin(changed):
     agent.with_edits = lambda obs, base_actions: base_actions + 1
     optimizers = script.Optimizers(agent, agent.args)
     acts = []
-    for _ in range(4):  # the first update is offline; a quarter of ten environment steps is two
+    for _ in range(5):  # the first update is offline; a quarter of ten environment steps is two
         acts.append(tuple(agent.on_the_fly_actions(part).mean().item() for part in (obs[:1], obs)))
         script.update(agent, optimizers, batch)
-    assert acts == [(0.5, 1.5), (0.5, 1.5), (0.5, 1.5), (1.5, 1.5)]
+    assert acts == [(0.5, 1.5)] * 4 + [(1.5, 1.5)]
 
 
 def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
