@@ -113,8 +113,9 @@ def test_cures_change_how_edits_begin(changed):
     script = changed("expo_diffusion", "small_first_edits", "fresh_actions", "base_acts_first")
     agent = script.Agent(3, 2, make_args(script, num_base_samples=2, num_edit_samples=2, offline_steps=1))
     agent.args.total_timesteps, obs, batch = 10, torch.randn(5, 3), make_batch(script, 1, 5)
-    assert agent.log_alpha.exp().item() == pytest.approx(0.01, rel=0.01) and not agent.edit_policy.mean(torch.randn(8, 16)).any()
-    assert (agent.edit_policy.log_std(torch.randn(8, 16)) == -3).all()
+    assert agent.log_alpha.exp().item() == pytest.approx(0.01, rel=0.01)
+    x, edits = torch.randn(8, 16), agent.edit_policy
+    assert not edits.mean(x).any() and (edits.log_std(x) == -3).all()
     seen, sampled = [], torch.full((5, 1, 2), 0.5)
     agent.base_actions, edit = (lambda obs, policy, num: sampled[: len(obs)].expand(-1, num, -1)), agent.edit_policy
     edit.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
