@@ -90,7 +90,7 @@ for name, env_name, eta, lam, about in (  # eta: weight of Diffusion-QL's Q term
 
 ADROIT = dict(learning_starts=0, reward_shift=-1.0, edit_scale=0.7, edit_dropout=0.1, total_timesteps=300_000)
 ADROIT |= dict(pretrain_steps=20_000, eta=0.1)  # the first is ours: only online runs are published
-FINETUNE = dict(edit_scale=0.05, offline_steps=2_000)  # [ours 7] edits of .7 lose the prior: docs/results.md
+FINETUNE = dict(edit_scale=0.05, offline_steps=2_000)  # [ours 7] edits of .7 lose the prior: docs/log.md
 for name, about in (
     ("pen", "a hand turns a pen to a given direction"),
     ("door", "a hand unlatches and opens a door"),
