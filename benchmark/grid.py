@@ -18,7 +18,7 @@ from utils import InputError
 from utils.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYS: dict[str, type] = dict(tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict)
+KEYS: dict[str, type] = dict(tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict, words=dict)
 GIVEN = {"--task", "--seed", "--run-dir", "--resume"}  # flags that the grid itself gives to every run
 # Flags that change nothing of what is compared, and flags that a longer or finer continuation of a run may change.
 NEUTRAL = {"--run-dir", "--resume", "--threads", "--device", "--compile", "--track", "--save-model", "--capture-video"}
@@ -72,7 +72,7 @@ def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[
         for seed, task, (method, words), (variant, more) in itertools.product(
             seeds, tasks, methods.items(), grid.get("variants", {"": ""}).items()
         ):
-            script, *own = shlex.split(words)
+            script, *own = shlex.split(words.format(**grid.get("words", {})))
             if not (ROOT / script).is_file():
                 raise ValueError(f"method {method!r}: there is no script {script!r} in {ROOT}")
             # Of a flag given twice the last one counts: the more special flags come later.

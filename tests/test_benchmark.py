@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmark import plot, run
+from benchmark import ablation, plot, run
 from benchmark.grid import flag_values, read_grid
 from utils import InputError
 
@@ -73,6 +73,7 @@ def test_a_grid_is_methods_x_variants_x_tasks_x_seeds_and_the_most_special_flag_
     chosen = next(r for r in runs if r.name == "pointmaze-large/expo_flow+two/seed1")
     flags = "--num-critics 3 --total-timesteps 2000 --num-critics 2"
     assert " ".join(chosen.command) == f"expo_flow.py --task pointmaze-large --seed 1 {flags}"
+    assert all("--hidden-dim 32" in " ".join(r.command) for r in runs if "/rlpd+" in r.name)
     # A bad one is one clear line.
     good = 'tasks = ["pointmaze-umaze"]\nseeds = [1]\n[methods]\na = "expo_flow.py"\n'
     for old, new, words in (
@@ -80,6 +81,7 @@ def test_a_grid_is_methods_x_variants_x_tasks_x_seeds_and_the_most_special_flag_
         ("pointmaze-umaze", "pointmaze-umze", "unknown task 'pointmaze-umze'"),
         ("expo_flow.py", "expo_flo.py", "there is no script 'expo_flo.py'"),
         ("expo_flow.py", "expo_flow.py --seed=3", "the grid itself gives --seed"),
+        ("expo_flow.py", "expo_flow.py {large}", "'large' is missing"),
         ("[1]", "[1", ""),
     ):
         (tmp_path / "grid.toml").write_text(good.replace(old, new))
@@ -92,6 +94,7 @@ def test_the_scripts_have_the_flags_of_every_grid(path, tmp_path):
     for cell in read_grid(path, "", tmp_path, tmp_path):
         flags = flag_values(cell.command)
         (name,) = flags.get("--script", [cell.command[0].removesuffix(".py").replace("/", ".")])
+        assert all(hasattr(ablation, change) for change in flags.get("--change", []))
         names = {flag[2:].replace("-", "_") for flag in flags} - {"script", "change"}
         assert names <= vars(importlib.import_module(name).Args()).keys()
 
