@@ -38,7 +38,8 @@ def gaussian_base(script: Any) -> None:
             self.layers = nn.Sequential(linear(obs_dim, width), *blocks, nn.SiLU(), linear(width, 2 * action_dim))
 
         def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
-            return imitation(*self.layers(obs).chunk(2, -1), actions)
+            mean, log_std = self.layers(obs).chunk(2, -1)
+            return imitation(mean, log_std, actions)
 
         @torch.no_grad()
         def sample(self, obs: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def imitate_first(script: Any, share: float = 1.0) -> None:
     def actor_loss(agent: Any, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if not agent.imitates:
             return reinforce(agent, batch)
-        loss = imitation(*agent.actor.gaussian(batch.obs), batch.actions)
+        mean, log_std = agent.actor.gaussian(batch.obs)
+        loss = imitation(mean, log_std, batch.actions)
         return loss, torch.tensor(agent.target_entropy), {"losses/imitation": loss}  # alpha stands still
 
     def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from utils import InputError
 from utils.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYS: dict[str, type] = dict(tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict, words=dict)
+KEYS: dict[str, type] = dict(
+    tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict, words=dict
+)
 GIVEN = {"--task", "--seed", "--run-dir", "--resume"}  # flags that the grid itself gives to every run
 # Flags that change nothing of what is compared, and flags that a longer or finer continuation of a run may change.
 NEUTRAL = {"--run-dir", "--resume", "--threads", "--device", "--compile", "--track", "--save-model", "--capture-video"}

@@ -104,6 +104,11 @@ def area(curve: Curve) -> float:
     return float((middles * lengths).sum() / lengths.sum() if len(lengths) else curve.values.mean())
 
 
+def final(curve: Curve) -> float:
+    """The mean of the last five evaluations."""
+    return float(curve.values[-5:].mean())
+
+
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
     """Mean of the middle half along axis 0. A value on the edge of that half counts with the share that is inside."""
     edges = np.arange(len(values) + 1) / len(values)
@@ -115,6 +120,12 @@ def bootstrap(values: np.ndarray, samples: int = 2000) -> np.ndarray:
     """95 % interval (2, ...) of the interquartile mean over axis 0, the seeds."""
     draws = values[np.random.default_rng(0).integers(len(values), size=(len(values), samples))]  # (seeds, samples, ...)
     return np.quantile(interquartile_mean(draws), [0.025, 0.975], axis=0)
+
+
+def interval(values: np.ndarray, sign: str = "") -> str:
+    """Interquartile mean over the seeds, and its interval."""
+    mean, low, high = (format(value, f"{sign}.2f") for value in (interquartile_mean(values), *bootstrap(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def number(values: list[float], digits: int = 0) -> str:
@@ -134,9 +145,7 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
     head += ["steps to 50 %", "80 %", "90 %", "seconds to 90 %"] if success else []
     for method, by_seed in shown.items():
         found = list(by_seed.values())
-        final = np.array([curve.values[-5:].mean() for curve in found])  # the last five evaluations
-        low, high = bootstrap(final)
-        cells = [method, str(len(found)), f"{interquartile_mean(final):.2f} ({low:.2f} to {high:.2f})"]
+        cells = [method, str(len(found)), interval(np.array([final(curve) for curve in found]))]
         cells += [number([area(c) for c in found], 2), number([float(c.values.min()) for c in found], 2)]
         if success:
             cells += [number([reached(curve, level)[0] for curve in found]) for level in (0.5, 0.8, 0.9)]
@@ -147,6 +156,17 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
             cells.append(f"{np.median(last):.3g}" if last else "-")
         rows.append(cells)
     return markdown([*head, *(f"{metric}, last" for metric in metrics)], rows)
+
+
+def differences(shown: dict[str, dict[int, Curve]], less: str) -> str:
+    """How far every method is above the method `less`, seed by seed."""
+    measures = {"first": lambda c: c.values[0], "lowest": lambda c: c.values.min(), "area": area, "final": final}
+    rows, others = [], shown.get(less, {})
+    for method, by_seed in shown.items():
+        if method != less and (seeds := by_seed.keys() & others.keys()):
+            found = [np.array([f(by_seed[s]) - f(others[s]) for s in sorted(seeds)]) for f in measures.values()]
+            rows.append([method, str(len(seeds)), *(interval(values, "+") for values in found)])
+    return markdown([f"less {less}", "seeds", *measures], rows)
 
 
 def style(place: int) -> dict[str, Any]:
@@ -168,7 +188,9 @@ def draw(axis: Any, found: list[Curve], over: str, place: int, **style: Any) -> 
     axis.fill_between(x, *bootstrap(values), color=style["color"], alpha=0.13, lw=0)
 
 
-def figure(results: Results, shown: dict[str, Any], keys: dict[str, str], metrics: tuple[str, ...], out: Path) -> None:
+def figure(
+    results: Results, shown: dict[str, Any], keys: dict[str, str], metrics: tuple[str, ...], marks: Any, out: Path
+) -> None:
     """One column a task: over steps, over seconds, then a panel for each of the metrics. A single task is one row."""
     import matplotlib.pyplot as plt
 
@@ -189,6 +211,8 @@ def figure(results: Results, shown: dict[str, Any], keys: dict[str, str], metric
                     draw(axis, found, over, place, label=label, **style(place))
             axis.set(xlabel="environment steps" if over == "steps" else over, ylabel=metric or keys[task], title=task)
             axis.grid(alpha=0.25)
+            for step in marks if over == "steps" else ():
+                axis.axvline(step, color="0.4", linestyle=":")
             labels |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": shape[1] + 1, "frameon": False}
     whole.legend(labels.values(), labels, **below)
@@ -202,6 +226,8 @@ def main(
     per_seed: bool = False,
     metrics: tuple[str, ...] = (),
     methods: tuple[str, ...] = (),
+    less: str = "",
+    marks: tuple[float, ...] = (),
 ) -> None:
     """Prints one table a task, and draws the learning curves with --out.
 
@@ -211,6 +237,8 @@ def main(
         per_seed: also print every evaluation of every seed.
         metrics: other keys of metrics.csv to show, for example edit/alpha.
         methods: show only these methods.
+        less: also print how far all methods are above this one, seed by seed.
+        marks: vertical lines in the figure, at these environment steps.
     """
     found, shown, keys = read_results(results), {}, {}
     for task, by_method in found.items():
@@ -226,13 +254,15 @@ def main(
             raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")
         solved = ("eval/solved_share",) if task.startswith("adroit") else ()  # the metric of the paper there
         print(f"\n{task}, {key}\n\n{table(shown[task], success, by_method, (*solved, *metrics))}")
+        if less:
+            print(differences(shown[task], less))
         if len({tuple(by_seed) for by_seed in parts.values()}) > 1:
             print(f"warning: {task}: not all methods have the same seeds\n")
         for name, by_seed in shown[task].items() if per_seed else ():
             lines = [[str(seed), " ".join(f"{v:.2f}" for v in curve.values)] for seed, curve in by_seed.items()]
             print(f"{markdown([f'{name}, seed', 'every evaluation'], lines)}")
     if out:
-        figure(found, shown, keys, metrics, out)
+        figure(found, shown, keys, metrics, marks, out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures how long an update takes, and which of its parts takes how long.
+"""Measures how long an update takes.
 
     python benchmark/throughput.py --task antmaze-umaze
     python benchmark/throughput.py --task antmaze-umaze --rows expo_flow "expo_flow --num-edit-samples 0" baselines.rlpd
@@ -6,7 +6,6 @@
 All other flags go to the scripts. Times are medians. On a shared machine a ratio, measured in turns, says more.
 """
 
-import contextlib
 import functools
 import importlib
 import json
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 import tyro
@@ -81,28 +79,6 @@ class Side:
         self.configure()
         return getattr(self.agent, "on_the_fly_actions", self.agent)(self.obs)
 
-    def parts(self) -> dict[str, float]:
-        """Seconds of the parts of one update. With --compile the ranking is inside the critic's part."""
-        seconds: dict[str, float] = dict.fromkeys(("chain", "edits", "ranking", "base", "edit"), 0.0)
-
-        def timed(function: Callable[..., Any], part: str, *args: Any, **kwargs: Any) -> Any:
-            begin = clock()
-            result = function(*args, **kwargs)
-            if part != "edit step" or args[0] in (self.optimizers.edit, self.optimizers.alpha):
-                seconds[part.split()[0]] += clock() - begin
-            return result
-
-        names = {"base_actions": "chain", "with_edits": "edits", "td_target": "ranking", "edit_policy_loss": "edit"}
-        places = [(self.agent, name, part) for name, part in names.items()]
-        places += [(self.script, "update_base_policy", "base"), (self.script, "gradient_step", "edit step")]
-        with contextlib.ExitStack() as stack:
-            for owner, name, part in places:
-                timer = functools.partial(timed, getattr(owner, name), part)
-                stack.enter_context(mock.patch.object(owner, name, timer))
-            begin = clock()
-            self.update()
-            return seconds | {"critic": clock() - begin - sum(seconds.values())}
-
 
 def clock(cpu_time: bool = False) -> float:
     if torch.cuda.is_available():
@@ -122,16 +98,6 @@ def measure(functions: dict[str, Callable[[], Any]], options: Options) -> dict[s
             if repeat:
                 seconds[name].append((clock(options.cpu_time) - begin) / count)
     return seconds
-
-
-def parts(side: Side, options: Options) -> dict[str, float]:
-    """Measures and prints the parts of an update."""
-    rounds = [side.parts() for _ in range(options.repeats)]
-    found = {name: median([seconds[name] for seconds in rounds]) for name in rounds[0]}
-    print("\n| part | ms | share |\n|---|---|---|")
-    for name, value in found.items():
-        print(f"| {name} | {1e3 * value:,.1f} | {value / sum(found.values()):.0%} |")
-    return found
 
 
 def print_table(rows: list[str], seconds: dict[str, list[float]], gflop: dict[str, float]) -> None:
@@ -164,8 +130,6 @@ def main() -> None:
         gflop[row] = float(f"{counter.get_total_flops() / 1e9:.4g}")
     print_table(rows, seconds, gflop)
     result |= {"seconds": seconds, "gflop": gflop} | {f"{k}_s": median(seconds[f"{k} {rows[0]}"]) for k in KEYS}
-    if len(rows) == 1 and rows[0].startswith("expo_"):
-        result["parts_s"] = parts(side, options)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -160,11 +160,14 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys):
     write_results(tmp_path, "expo_flow", {s: [0.0, 0.5, 0.8, 0.9, 1.0, 1.0] for s in (1, 2, 10)})
     write_results(tmp_path, "rlpd", {1: [0.0] * 5 + [1.0], 2: [0.0] * 6})
     write_results(tmp_path, "base_alone", {1: [0.3], 2: [0.3], 10: [0.3]})
-    plot.main((tmp_path,), tmp_path / "out.png", per_seed=True, metrics=("losses/critic",))
+    plot.main((tmp_path,), tmp_path / "out.png", per_seed=True, metrics=("losses/critic",), less="rlpd", marks=(100,))
     out = capsys.readouterr().out
     assert "commits: c (8 runs)" in out and "warning: maze: not all methods have the same seeds" in out
     assert "| expo_flow | 3 | 0.84 (0.84 to 0.84) | 0.74 | 0.00 | 100 | 200 | 300 | 13 | 0.5 |" in out
     assert "| rlpd | 2 | 0.10 (0.00 to 0.20) | 0.05 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | 0.5 |" in out
+    # Seed by seed: .0 and .0 at first, .84 - .2 and .84 - 0 at the end.
+    assert "| less rlpd | seeds | first | lowest | area | final |" in out
+    assert re.search(r"\| expo_flow \| 2 \| \+0.00 \(.*\| \+0.74 \(\+0.64 to \+0.84\) \|\n", out)
     assert "| base_alone | 3 | 0.10 (0.10" in out  # its base policy, not the choice of untrained critics
     assert "| 10 | 0.00 0.50 0.80 0.90 1.00 1.00 |" in out and (tmp_path / "out.png").stat().st_size > 10_000
     values = np.random.default_rng(1).random((5, 3))

@@ -9,9 +9,11 @@ from conftest import ROOT
 from benchmark import plot
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-# Each is a comment <!-- table: GRID TASK --> before a table.
+# Each is a comment <!-- table: GRID TASK --> or <!-- table: GRID TASK less METHOD --> before a table.
 TABLES = [
-    (p.name, *m) for p, text in PAGES.items() for m in re.findall(r"<!-- table: (\w+) (\S+) -->\n\n((?:\|.*\n)+)", text)
+    (p.name, *found)
+    for p, text in PAGES.items()
+    for found in re.findall(r"<!-- table: (\w+) (\S+) (?:less (\w+) )?-->\n\n((?:\|.*\n)+)", text)
 ]
 # Each is a comment <!-- finals: GRID GRID --> before a table of the column "final", with one column a task.
 FINALS = [
@@ -19,11 +21,11 @@ FINALS = [
 ]
 
 
-@pytest.mark.parametrize("page, grid, task, table", TABLES, ids=[" ".join(found[:3]) for found in TABLES])
-def test_a_table_is_that_of_the_csvs(page, grid, task, table, capsys):
-    plot.main((ROOT / "benchmark" / "results" / grid,))
-    printed = re.search(rf"\n{task}, eval/\w+\n\n((?:\|.*\n)+)", capsys.readouterr().out)
-    assert printed and table == printed[1]
+@pytest.mark.parametrize("page, grid, task, less, table", TABLES, ids=[" ".join(found[:4]) for found in TABLES])
+def test_a_table_is_that_of_the_csvs(page, grid, task, less, table, capsys):
+    plot.main((ROOT / "benchmark" / "results" / grid,), less=less)
+    after = capsys.readouterr().out.partition(f"\n{task}, eval/")[2]
+    assert table == re.findall(r"(?:^\|.*\n)+", after, re.M)[1 if less else 0]
 
 
 @pytest.mark.parametrize("page, grids, table", FINALS, ids=[" ".join(found[:2]) for found in FINALS])
