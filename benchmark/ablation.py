@@ -38,20 +38,19 @@ def gaussian_base(script: Any) -> None:
             self.layers = nn.Sequential(linear(obs_dim, width), *blocks, nn.SiLU(), linear(width, 2 * action_dim))
 
         def loss(self, obs: Tensor, actions: Tensor) -> Tensor:
-            mean, log_std = self.layers(obs).chunk(2, -1)
-            return imitation(mean, log_std, actions)
+            return -gaussian(*self.layers(obs).chunk(2, -1)).log_prob(actions).sum(-1).mean()
 
         @torch.no_grad()
         def sample(self, obs: Tensor) -> Tensor:
-            mean, log_std = self.layers(obs).chunk(2, -1)
-            return torch.normal(mean.tanh(), log_std.clamp(-5, 2).exp()).clamp(-1, 1)
+            return gaussian(*self.layers(obs).chunk(2, -1)).sample().clamp(-1, 1)
 
     script.BasePolicy = Gaussian
 
 
-def imitation(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """Minus the log-likelihood of actions (B, A) under a Gaussian around tanh(mean): many actions are at +-1."""
-    return -torch.distributions.Normal(mean.tanh(), log_std.clamp(-5, 2).exp()).log_prob(actions).sum(-1).mean()
+def gaussian(*mean_and_log_std: Tensor) -> torch.distributions.Normal:
+    """Actions (B, A) around tanh(mean). Before the tanh, the many actions at +-1 would be infinitely far."""
+    mean, log_std = mean_and_log_std
+    return torch.distributions.Normal(mean.tanh(), log_std.clamp(-5, 2).exp())
 
 
 def edit_without_choice(script: Any) -> None:
@@ -73,8 +72,7 @@ def imitate_first(script: Any, share: float = 1.0) -> None:
     def actor_loss(agent: Any, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if not agent.imitates:
             return reinforce(agent, batch)
-        mean, log_std = agent.actor.gaussian(batch.obs)
-        loss = imitation(mean, log_std, batch.actions)
+        loss = -gaussian(*agent.actor.gaussian(batch.obs)).log_prob(batch.actions).sum(-1).mean()
         return loss, torch.tensor(agent.target_entropy), {"losses/imitation": loss}  # alpha stands still
 
     def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:

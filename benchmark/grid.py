@@ -71,10 +71,10 @@ def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[
         if unknown := (set(tasks) | set(grid.get("task_flags", {}))) - {"", *TASKS}:
             raise ValueError(f"unknown task {unknown.pop()!r} (known: {', '.join(TASKS)})")
         found = []  # seed by seed, so that a grid that was stopped early is still a fair comparison
-        for seed, task, (method, words), (variant, more) in itertools.product(
+        for seed, task, (method, text), (variant, more) in itertools.product(
             seeds, tasks, methods.items(), grid.get("variants", {"": ""}).items()
         ):
-            script, *own = shlex.split(words.format(**grid.get("words", {})))
+            script, *own = shlex.split(text.format(**grid.get("words", {})))
             if not (ROOT / script).is_file():
                 raise ValueError(f"method {method!r}: there is no script {script!r} in {ROOT}")
             # Of a flag given twice the last one counts: the more special flags come later.

@@ -161,7 +161,7 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
 def differences(shown: dict[str, dict[int, Curve]], less: str) -> str:
     """How far every method is above the method `less`, seed by seed."""
     measures = {"first": lambda c: c.values[0], "lowest": lambda c: c.values.min(), "area": area, "final": final}
-    rows, others = [], shown.get(less, {})
+    rows, others = [], shown[less]
     for method, by_seed in shown.items():
         if method != less and (seeds := by_seed.keys() & others.keys()):
             found = [np.array([f(by_seed[s]) - f(others[s]) for s in sorted(seeds)]) for f in measures.values()]
@@ -252,6 +252,8 @@ def main(
         shown[task] = {name: by_seed for name, by_seed in parts.items() if by_seed}
         if not shown[task]:
             raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")
+        if less and less not in shown[task]:
+            raise InputError(f"--less {less}: {task} shows no such method (it shows {', '.join(shown[task])})")
         solved = ("eval/solved_share",) if task.startswith("adroit") else ()  # the metric of the paper there
         print(f"\n{task}, {key}\n\n{table(shown[task], success, by_method, (*solved, *metrics))}")
         if less:

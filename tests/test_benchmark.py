@@ -165,6 +165,10 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys):
     assert "commits: c (8 runs)" in out and "warning: maze: not all methods have the same seeds" in out
     assert "| expo_flow | 3 | 0.84 (0.84 to 0.84) | 0.74 | 0.00 | 100 | 200 | 300 | 13 | 0.5 |" in out
     assert "| rlpd | 2 | 0.10 (0.00 to 0.20) | 0.05 | 0.00 | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | ∞ (1/2) | 0.5 |" in out
+    with pytest.raises(
+        InputError, match=r"--less rlp: maze shows no such method \(it shows expo_flow, rlpd, base_alone\)"
+    ):
+        plot.main((tmp_path,), less="rlp")
     # Seed by seed: .0 and .0 at first, .84 - .2 and .84 - 0 at the end.
     assert "| less rlpd | seeds | first | lowest | area | final |" in out
     assert re.search(r"\| expo_flow \| 2 \| \+0.00 \(.*\| \+0.74 \(\+0.64 to \+0.84\) \|\n", out)

@@ -1,5 +1,8 @@
 """The tables in the docs are what benchmark/plot.py makes of the CSVs in the repository."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 
@@ -21,32 +24,41 @@ FINALS = [
 ]
 
 
+@functools.cache
+def printed(*grids: str, less: str = "") -> str:
+    """What benchmark/plot.py prints of grids."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        plot.main(tuple(ROOT / "benchmark" / "results" / grid for grid in grids), less=less)
+    return out.getvalue()
+
+
+def tables(grid: str, task: str, less: str = "") -> list[str]:
+    """The tables of one task: all methods, and how far they are above `less`."""
+    after = printed(grid, less=less).partition(f"\n{task}, eval/")[2]
+    return re.findall(r"(?:^\|.*\n)+", after, re.M)
+
+
 @pytest.mark.parametrize("page, grid, task, less, table", TABLES, ids=[" ".join(found[:4]) for found in TABLES])
-def test_a_table_is_that_of_the_csvs(page, grid, task, less, table, capsys):
-    plot.main((ROOT / "benchmark" / "results" / grid,), less=less)
-    after = capsys.readouterr().out.partition(f"\n{task}, eval/")[2]
-    assert table == re.findall(r"(?:^\|.*\n)+", after, re.M)[1 if less else 0]
+def test_a_table_is_that_of_the_csvs(page, grid, task, less, table):
+    assert table == tables(grid, task, less)[1 if less else 0]
 
 
 @pytest.mark.parametrize("page, grids, table", FINALS, ids=[" ".join(found[:2]) for found in FINALS])
-def test_a_table_of_tasks_is_that_of_the_csvs(page, grids, table, capsys):
-    plot.main(tuple(ROOT / "benchmark" / "results" / grid for grid in grids.split()))
-    printed = dict(re.findall(r"\n(\S+), eval/\w+\n\n((?:\|.*\n)+)", capsys.readouterr().out))
+def test_a_table_of_tasks_is_that_of_the_csvs(page, grids, table):
+    by_task = dict(re.findall(r"\n(\S+), eval/\w+\n\n((?:\|.*\n)+)", printed(*grids.split())))
     (_, *tasks), _, *rows = ([cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines())
     for method, *cells in rows:
         for task, cell in zip(tasks, cells, strict=True):
-            found = re.search(rf"^\| {method} \| \d+ \| (.*?) \|", printed[task], re.M)
+            found = re.search(rf"^\| {method} \| \d+ \| (.*?) \|", by_task[task], re.M)
             assert cell in ((found[1], found[1].split()[0]) if found else ("-",)), f"{method}, {task}"
 
 
-def test_times_are_those_of_the_csvs(capsys):
+def test_times_are_those_of_the_csvs():
     """The rows of the table "Time to 90 %"."""
     rows = re.findall(r"^\| (.+) \|$", PAGES[ROOT / "docs" / "benchmark.md"].partition("## Time to 90 %")[2], re.M)
     for row in rows[1:]:
         results, task, method, seeds, steps, seconds, commit, _ = row.split(" | ")
-        plot.main((ROOT / "benchmark" / "results" / results,), methods=(method,))
-        printed = capsys.readouterr().out
-        found = re.search(rf"\n{task}, eval/\w+\n(?:\n\|.*){{2}}\n\| {method} \|(.*) \|\n", printed)
+        found = re.search(rf"^\| {method} \|(.*) \|$", tables(results, task)[0], re.M)
         cells = found[1].split(" | ") if found else []
         assert [cells[0].strip(), *cells[6:8]] == [seeds, steps, seconds]
         records = (ROOT / "benchmark" / "results" / results / task / method).glob("*/args.json")
