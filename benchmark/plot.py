@@ -201,13 +201,14 @@ def figure(
     names = dict.fromkeys(method for methods in shown.values() for method in methods)
     free = iter([i for i in range(8 + len(names)) if i >= 8 or KNOWN[i] not in names])
     places = {name: KNOWN.index(name) if name in KNOWN else next(free) for name in names}
+    counts = {name: sorted({len(methods[name]) for methods in shown.values() if name in methods}) for name in names}
     labels: dict[str, Any] = {}
     for column, (task, methods) in zip(axes.T if len(shown) > 1 else axes, shown.items(), strict=True):
         for axis, (metric, over) in zip(column, panels, strict=True):
             for method, by_seed in methods.items():
                 found = list((curves(results[task][method], metric) if metric else by_seed).values())
                 if found:
-                    place, label = places[method], f"{method} ({len(found)} seeds)"
+                    place, label = places[method], f"{method} ({' or '.join(map(str, counts[method]))} seeds)"
                     draw(axis, found, over, place, label=label, **style(place))
             axis.set(xlabel="environment steps" if over == "steps" else over, ylabel=metric or keys[task], title=task)
             axis.grid(alpha=0.25)
