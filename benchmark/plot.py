@@ -188,9 +188,7 @@ def draw(axis: Any, found: list[Curve], over: str, place: int, **style: Any) -> 
     axis.fill_between(x, *bootstrap(values), color=style["color"], alpha=0.13, lw=0)
 
 
-def figure(
-    results: Results, shown: dict[str, Any], keys: dict[str, str], metrics: tuple[str, ...], marks: Any, out: Path
-) -> None:
+def figure(results: Results, shown: Any, keys: dict[str, str], metrics: tuple[str, ...], marks: Any, out: Path) -> None:
     """One column a task: over steps, over seconds, then a panel for each of the metrics. A single task is one row."""
     import matplotlib.pyplot as plt
 

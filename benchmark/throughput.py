@@ -1,7 +1,6 @@
 """Measures how long an update takes.
 
-    python benchmark/throughput.py --task antmaze-umaze
-    python benchmark/throughput.py --task antmaze-umaze --rows expo_flow "expo_flow --num-edit-samples 0" baselines.rlpd
+    python benchmark/throughput.py --task antmaze-umaze --rows expo_flow "cuda_graph expo_flow" baselines.rlpd
 
 All other flags go to the scripts. Times are medians. On a shared machine a ratio, measured in turns, says more.
 """
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scr
 
 from benchmark.grid import ROOT
 from tools import one_line_errors
+from tools.cuda_graph import cuda_graph
 from utils.envs import make_env
 from utils.tasks import parse_args
 
-KEYS = "update", "action"
 COMPILED = "on_the_fly_actions base_actions with_edits critic_loss filter_loss edit_policy_loss actor_loss".split()
 
 
@@ -38,18 +38,20 @@ COMPILED = "on_the_fly_actions base_actions with_edits critic_loss filter_loss e
 class Options:
     """This program's own flags; all others are the script's."""
 
-    rows: tuple[str, ...] = ("expo_diffusion",)  # "MODULE FLAGS" each; several are measured in turn
+    rows: tuple[str, ...] = ("expo_diffusion",)  # "[cuda_graph] MODULE FLAGS" each; several are measured in turn
     repeats: int = 5  # measurements of everything
     cpu_time: bool = False  # count CPU time: with one thread, other programs then disturb less
     json: str = ""  # also write everything to this file
 
 
 class Side:
-    """An agent with optimizers and a buffer of random rows, of a row "MODULE FLAGS" and of flags for all rows."""
+    """An agent with optimizers and a buffer of random rows, of one of the rows and of flags for all rows."""
 
     def __init__(self, row: str, words: list[str], size: int = 100_000):
-        name, *flags = shlex.split(row)
-        self.script = script = importlib.import_module(name)
+        name, *flags = shlex.split(row.removeprefix("cuda_graph "))
+        self.script = script = SimpleNamespace(**vars(importlib.import_module(name)))
+        if row.startswith("cuda_graph "):
+            cuda_graph(script)
         self.args = args = parse_args(script.Args, argv=[*words, *flags])
         env = make_env(args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys)
         self.dims: Any = (*(env.observation_space.shape or ()), *(env.action_space.shape or ()))
@@ -92,7 +94,7 @@ def measure(functions: dict[str, Callable[[], Any]], options: Options) -> dict[s
     for repeat in range(options.repeats + 1):
         for name, function in functions.items():
             count, begin = 0, clock(options.cpu_time)  # a single short call would measure the clock
-            while count == 0 or (repeat and clock(options.cpu_time) - begin < 0.1):
+            while count < (1 if repeat else 3) or (repeat and clock(options.cpu_time) - begin < 0.1):
                 function()
                 count += 1
             if repeat:
@@ -117,19 +119,20 @@ def main() -> None:
     sides = {row: Side(row, words) for row in options.rows}
     rows, side = list(sides), next(iter(sides.values()))
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
-    machine = f"{side.obs.device}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    gpu = torch.cuda.get_device_name() if side.obs.is_cuda else "no GPU"
+    machine = f"{gpu}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
-    result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "machine": machine}
     print(f"{', '.join(rows)}: {side.args.task or side.args.env_id}, O {side.dims[0]}, A {side.dims[1]}, on {machine}")
     gflop: dict[str, float] = {}  # of the matrix products of an update
-    calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in KEYS}
-    seconds = measure(calls, options)
+    calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in ("update", "action")}
     for row in rows:
         with FlopCounterMode(display=False) as counter:
             calls[f"update {row}"]()
         gflop[row] = float(f"{counter.get_total_flops() / 1e9:.4g}")
+    seconds = measure(calls, options)
     print_table(rows, seconds, gflop)
-    result |= {"seconds": seconds, "gflop": gflop} | {f"{k}_s": median(seconds[f"{k} {rows[0]}"]) for k in KEYS}
+    result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "machine": machine}
+    result |= {"seconds": seconds, "gflop": gflop}
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

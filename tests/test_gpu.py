@@ -1,0 +1,85 @@
+"""On a GPU: the numbers of the CPU, a whole run that goes on, and the recorded update. `pytest -m gpu` runs them."""
+
+import copy
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY_SCRIPT, make_agent, make_batch, tiny_run_args
+from running import run_here
+
+from benchmark.plot import read_metrics
+from tools.cuda_graph import cuda_graph
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def drawn_on_the_cpu(draw: Any, *shape: Any, device: Any = None, **flags: Any) -> torch.Tensor:
+    """The same random numbers for both devices."""
+    device = device or getattr(shape[0], "device", "cpu")
+    return draw(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in shape), **flags).to(device)
+
+
+def trained(script: Any, start: Any, batches: list[Any], device: str) -> tuple[Any, Any, list[dict[str, float]]]:
+    """A copy of an agent after an update on each of the batches, its optimizers, and what the updates tell."""
+    torch.manual_seed(1)
+    agent = copy.deepcopy(start).to(device)
+    optimizers, infos = script.Optimizers(agent, agent.args), []
+    for batch in batches:
+        info = script.update(agent, optimizers, script.Batch(*(field.to(device) for field in batch)))
+        infos.append({key: float(value) for key, value in info.items()})
+    return agent, optimizers, infos
+
+
+def assert_same_training(agents: list[Any], infos: list[list[dict[str, float]]]) -> None:
+    """Adam steps by about 3e-4, whatever the gradient's size: rounding may move single weights, but not their mean."""
+    for value, expected in zip(*(agent.cpu().parameters() for agent in agents), strict=True):
+        assert (value - expected).abs().mean() < 1e-5
+    for info, expected in zip(*infos, strict=True):
+        assert info == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY_SCRIPT)
+def test_an_update_gives_the_numbers_of_the_cpu(name, monkeypatch):
+    script: Any = importlib.import_module(name)
+    start, batches = make_agent(script), [make_batch(script, 3, 16)]
+    for kind in ("rand", "randn", "randint", "randperm", "rand_like", "randn_like"):
+        monkeypatch.setattr(torch, kind, functools.partial(drawn_on_the_cpu, getattr(torch, kind)))
+    agents, _, infos = zip(*(trained(script, start, batches, device) for device in ("cuda", "cpu")), strict=True)
+    assert_same_training(list(agents), list(infos))
+    assert (next(agents[0].critic.parameters()) - next(start.critic.parameters())).abs().mean() > 1e-4
+
+
+@pytest.mark.parametrize("name", EVERY_SCRIPT)
+def test_a_recorded_update_is_the_update(name):
+    """Offline and online batches, and learning rates that decay to 0 within the test."""
+    script: Any = importlib.import_module(name)
+    recorded: Any = SimpleNamespace(**vars(script))
+    cuda_graph(recorded)
+    start = make_agent(script, **({"lr_decay_steps": 12} if hasattr(script.Args, "lr_decay_steps") else {}))
+    batches = [make_batch(script, 1, 16) for _ in range(6)] + [make_batch(script, 2, 16) for _ in range(7)]
+    agents, optimizers, infos = zip(*(trained(s, start, batches, "cuda") for s in (recorded, script)), strict=True)
+    assert_same_training(list(agents), list(infos))
+    for name, part in vars(optimizers[1]).items():
+        if hasattr(part, "param_groups"):
+            rates = [float(vars(o)[name].param_groups[0]["lr"]) for o in optimizers]
+            assert rates[0] == pytest.approx(rates[1], rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", EVERY_SCRIPT)
+def test_a_run_trains_and_goes_on(name, tmp_path, capsys):
+    script: Any = importlib.import_module(name)
+    run_here(script, tiny_run_args(script, tmp_path / "run", device="cuda"))
+    words = {"resume": tmp_path / "run", "run_dir": False, "total_timesteps": 90, "device": "cuda"}
+    run_here(script, tiny_run_args(script, **{"run_dir": False, **words}))
+    assert "on cuda" in capsys.readouterr().out
+    metrics = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert metrics["losses/critic"].steps[-1] == 90 and metrics["eval/success_rate"].steps.tolist()[-4:] == [
+        0,
+        30,
+        60,
+        90,
+    ]
