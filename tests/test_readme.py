@@ -66,12 +66,12 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_scripts_flags_and_tasks_of_a_command_exist(command):
-    """A flag exists if the script, or the script behind a program of benchmark/, has a field of that name."""
+    """A flag exists if the script, or the script behind a program of benchmark or tools, has a field of that name."""
     for part in command.split("&&"):
         words = shlex.split(part)
         scripts = [word for word in words if word.endswith(".py") and "/test_" not in word and word not in OWN]
         source = "".join((ROOT / script).read_text() for script in scripts)
-        source += (ROOT / "expo_finetune.py").read_text() if scripts and scripts[0].startswith("benchmark") else ""
+        source += (ROOT / "expo_finetune.py").read_text() if scripts and scripts[0].startswith(("benchmark", "tools/cuda")) else ""
         flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", part)} - {"help"}
         if scripts:
             assert [flag for flag in flags if not re.search(rf"\b{flag}\b", source)] == []
