@@ -11,6 +11,7 @@ import torch
 from conftest import make_agent, make_args, make_batch, tiny_run_args
 
 from benchmark import ablation, overestimation, throughput
+from utils import InputError
 
 
 def test_throughput_measures_rows(tmp_path, monkeypatch, capsys):
@@ -29,6 +30,12 @@ def test_throughput_measures_rows(tmp_path, monkeypatch, capsys):
     assert min(map(min, found["seconds"].values())) > 0
     whole, fewer, faster, rlpd = found["gflop"].values()
     assert whole > fewer > faster > rlpd > 0 and "| baselines.rlpd |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_graph_without_a_gpu_is_one_clear_error():
+    with pytest.raises(InputError, match="needs a GPU; run the script itself"):
+        throughput.Side("cuda_graph expo_flow", ["--task", "pointmaze-umaze"]).update()
 
 
 @pytest.fixture
