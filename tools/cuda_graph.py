@@ -27,9 +27,9 @@ def cuda_graph(script: Any) -> None:
 
     def replayed(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
         shape, parts = batch.obs.shape, vars(optimizers).values()
-        if not batch.obs.is_cuda:
-            raise InputError("tools/cuda_graph.py needs a GPU; run the script itself")
         if eager[shape] < 3:  # these calls allocate what the graph needs, on a stream of their own, as torch asks for
+            if not batch.obs.is_cuda:
+                raise InputError("tools/cuda_graph.py needs a GPU; run the script itself")
             eager[shape] += 1
             for group in (group for part in parts for group in getattr(part, "param_groups", ())):
                 lr = torch.as_tensor(group["lr"], device=batch.obs.device)  # where a replay sees how it decays
