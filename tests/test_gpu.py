@@ -69,6 +69,27 @@ def test_a_recorded_update_is_the_update(name):
             assert rates[0] == pytest.approx(rates[1], rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY_SCRIPT if "expo" in name])
+def test_a_recorded_choice_is_the_choice(name):
+    """Also after the weights have changed, and with the random numbers that an evaluation asks for."""
+    script: Any = importlib.import_module(name)
+    recorded: Any = SimpleNamespace(**vars(script))
+    cuda_graph(recorded)
+    obs, plain = torch.randn(4, 3, device="cuda"), make_agent(script).cuda()
+    agent = make_agent(recorded).cuda()
+    agent.load_state_dict(plain.state_dict())
+    for call in range(10):  # the fourth of a shape records it
+        actions = []
+        for each in (agent, plain):
+            with torch.random.fork_rng([torch.device("cuda")]):
+                torch.manual_seed(call)
+                actions.append(each.on_the_fly_actions(obs[call % 2 :]).clone())
+            with torch.no_grad():
+                torch._foreach_mul_(list(each.parameters()), 0.9)  # pyright: ignore
+        assert (actions[0] - actions[1]).abs().max() < 1e-5
+    assert recorded.Agent is not script.Agent
+
+
 @pytest.mark.parametrize("name", EVERY_SCRIPT)
 def test_a_run_trains_and_goes_on(name, tmp_path, capsys):
     script: Any = importlib.import_module(name)

@@ -2,12 +2,14 @@
 
     python tools/cuda_graph.py --script expo_flow --task antmaze-umaze --seed 1
 
-An update is thousands of small kernels. Without a graph Python starts them one by one, and the GPU waits. The numbers
-stay the same up to rounding. All flags but --script go to the script. docs/performance.md has the times.
+An update is thousands of small kernels. Without a graph Python starts them one by one, and the GPU waits. EXPO's choice
+of an action is a second graph. The numbers stay the same up to rounding. All flags but --script go to the script.
+docs/performance.md has the times.
 """
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +23,66 @@ from benchmark.ablation import run_changed
 from utils import InputError
 
 
-def cuda_graph(script: Any) -> None:
-    """Replaces the script's `update`. Batches of another shape get a graph of their own."""
-    update, eager, recorded = script.update, Counter(), {}
+class Recorded:
+    """A function of tensors as a CUDA graph. Inputs of another shape get a graph of their own."""
 
-    def replayed(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
-        shape, parts = batch.obs.shape, vars(optimizers).values()
-        if eager[shape] < 3:  # these calls allocate what the graph needs, on a stream of their own, as torch asks for
-            if not batch.obs.is_cuda:
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.calls = function, Counter()
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}  # with inputs, outputs
+
+    @torch.compiler.disable
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The outputs are overwritten by the next call."""
+        shape = inputs[0].shape
+        self.calls[shape] += 1
+        if (
+            self.calls[shape] <= 3
+        ):  # these calls allocate what the graph needs, on a stream of their own, as torch asks for
+            if not inputs[0].is_cuda:
                 raise InputError("tools/cuda_graph.py needs a GPU; run the script itself")
-            eager[shape] += 1
-            for group in (group for part in parts for group in getattr(part, "param_groups", ())):
-                lr = torch.as_tensor(group["lr"], device=batch.obs.device)  # where a replay sees how it decays
-                group |= {"capturable": True, "lr": lr}
             side, main = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
-                info = update(agent, optimizers, batch)
+                outputs = self.function(*inputs)
             main.wait_stream(side)
-            return info
-        decays = [part for part in parts if isinstance(part, LambdaLR)]
-        if shape not in recorded:  # no kernel runs yet, but the decays count this update
-            inputs, graph, decays = type(batch)(*(field.clone() for field in batch)), torch.cuda.CUDAGraph(), []
+            return outputs
+        if shape not in self.graphs:  # no kernel runs yet
+            graph, held = torch.cuda.CUDAGraph(), tuple(tensor.clone() for tensor in inputs)
             with torch.cuda.graph(graph):
-                recorded[shape] = inputs, graph, update(agent, optimizers, inputs)
-        inputs, graph, info = recorded[shape]
-        for field, new in zip(inputs, batch, strict=True):
-            field.copy_(new)
+                self.graphs[shape] = graph, held, self.function(*held)
+        graph, held, outputs = self.graphs[shape]
+        for old, new in zip(held, inputs, strict=True):
+            old.copy_(new)
         graph.replay()
-        for decay in decays:  # they are Python, and no part of the graph
-            decay.step()
+        return outputs
+
+
+def cuda_graph(script: Any) -> None:
+    """Replaces the script's `update`, and an agent's `on_the_fly_actions`."""
+    update, recorded = script.update, {}
+
+    def replayed(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
+        parts = vars(optimizers).values()
+        if id(optimizers) not in recorded:
+            recorded[id(optimizers)] = Recorded(lambda *fields: update(agent, optimizers, type(batch)(*fields)))
+            for group in (group for part in parts for group in getattr(part, "param_groups", ())):
+                lr = torch.as_tensor(group["lr"], device=batch.obs.device)  # where a replay sees how it decays
+                group |= {"capturable": True, "lr": lr}
+        steps = recorded[id(optimizers)]
+        replays = batch.obs.shape in steps.graphs
+        info = steps(*batch)
+        for decay in (part for part in parts if replays and isinstance(part, LambdaLR)):
+            decay.step()  # it is Python, and no part of the graph
         return info
 
+    class Agent(script.Agent):
+        def on_the_fly_actions(self, obs: Tensor, *options: Any) -> Tensor:
+            act = super().on_the_fly_actions
+            return recorded.setdefault((id(self), *options), Recorded(lambda obs: act(obs, *options)))(obs)
+
     script.update = replayed
+    if hasattr(script.Agent, "on_the_fly_actions"):
+        script.Agent = Agent
 
 
 if __name__ == "__main__":
