@@ -26,8 +26,7 @@ def commands(page: str) -> list[str]:
 
 
 OWN = {"record.py", "train_my_policy.py", "finetune_my_policy.py"}  # programs that a page shows
-# The commands of results.md belong to commit 1413312, as the page says.
-COMMANDS = sorted({line for page in PAGES if page != "results.md" for line in commands(page)})
+COMMANDS = sorted({line for page in PAGES for line in commands(page)})
 
 
 def start(command: str, cwd) -> str:
