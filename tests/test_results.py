@@ -12,11 +12,11 @@ from conftest import ROOT
 from benchmark import plot
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-# Each is a comment <!-- table: GRID TASK --> or <!-- table: GRID TASK less METHOD --> before a table.
+# Each is a comment <!-- table: GRID TASK --> before a table.
 TABLES = [
     (p.name, *found)
     for p, text in PAGES.items()
-    for found in re.findall(r"<!-- table: (\w+) (\S+) (?:less (\w+) )?-->\n\n((?:\|.*\n)+)", text)
+    for found in re.findall(r"<!-- table: (\w+) (\S+) -->\n\n((?:\|.*\n)+)", text)
 ]
 # Each is a comment <!-- finals: GRID GRID --> before a table of the column "final", with one column a task.
 FINALS = [
@@ -25,22 +25,22 @@ FINALS = [
 
 
 @functools.cache
-def printed(*grids: str, less: str = "") -> str:
+def printed(*grids: str) -> str:
     """What benchmark/plot.py prints of grids."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        plot.main(tuple(ROOT / "benchmark" / "results" / grid for grid in grids), less=less)
+        plot.main(tuple(ROOT / "benchmark" / "results" / grid for grid in grids))
     return out.getvalue()
 
 
-def tables(grid: str, task: str, less: str = "") -> list[str]:
-    """The tables of one task: all methods, and how far they are above `less`."""
-    after = printed(grid, less=less).partition(f"\n{task}, eval/")[2]
-    return re.findall(r"(?:^\|.*\n)+", after, re.M)
+def table_of(grid: str, task: str) -> str:
+    """The table of one task: all methods."""
+    after = printed(grid).partition(f"\n{task}, eval/")[2]
+    return re.findall(r"(?:^\|.*\n)+", after, re.M)[0]
 
 
-@pytest.mark.parametrize("page, grid, task, less, table", TABLES, ids=[" ".join(found[:4]) for found in TABLES])
-def test_a_table_is_that_of_the_csvs(page, grid, task, less, table):
-    assert table == tables(grid, task, less)[1 if less else 0]
+@pytest.mark.parametrize("page, grid, task, table", TABLES, ids=[" ".join(found[:3]) for found in TABLES])
+def test_a_table_is_that_of_the_csvs(page, grid, task, table):
+    assert table == table_of(grid, task)
 
 
 @pytest.mark.parametrize("page, grids, table", FINALS, ids=[" ".join(found[:2]) for found in FINALS])
@@ -58,7 +58,7 @@ def test_times_are_those_of_the_csvs():
     rows = re.findall(r"^\| (.+) \|$", PAGES[ROOT / "docs" / "benchmark.md"].partition("## Time to 90 %")[2], re.M)
     for row in rows[1:]:
         results, task, method, seeds, steps, seconds, commit, _ = row.split(" | ")
-        found = re.search(rf"^\| {method} \|(.*) \|$", tables(results, task)[0], re.M)
+        found = re.search(rf"^\| {method} \|(.*) \|$", table_of(results, task), re.M)
         cells = found[1].split(" | ") if found else []
         assert [cells[0].strip(), *cells[6:8]] == [seeds, steps, seconds]
         records = (ROOT / "benchmark" / "results" / results / task / method).glob("*/args.json")
