@@ -51,6 +51,12 @@ def script(request) -> Any:
     return importlib.import_module(request.param)
 
 
+@pytest.fixture(params=EVERY_SCRIPT)
+def each(request) -> Any:
+    """The module of every script, baseline and variant in turn."""
+    return importlib.import_module(request.param)
+
+
 def make_args(script: Any, **flags: Any) -> Any:
     """The script's Args with small networks. Small values for flags that the script does not have are left out."""
     small = {"hidden_dim": 16, "hidden_layers": 2, "base_hidden_dim": 16, "base_blocks": 2, "base_expansion": 2}

@@ -1,14 +1,12 @@
 """The baselines: losses and TD targets against slower cases, their choice of actions, whole updates."""
 
 import copy
-import importlib
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from conftest import BASELINES, assert_close, make_agent, make_batch, same, snapshot
+from conftest import assert_close, make_agent, make_batch, same, snapshot
 
 from baselines import diffusion_ql, idql, qflow, rlpd
 
@@ -16,90 +14,71 @@ from baselines import diffusion_ql, idql, qflow, rlpd
 FIXED: Any = {"num_critics": 3, "num_min_critics": 3, "gamma": 0.9}
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_update_steps_every_network_and_its_average(name):
-    """U steps of critics (and V; Q-Flow: all), one of the rest. Every average moves by its rate after each step."""
-    module = importlib.import_module(name)
+# What an update does on every slice, and then on the last one: losses, and steps of optimizers.
+UPDATES: dict[Any, tuple[str, str]] = {
+    rlpd: ("critic_loss critic", "actor_loss actor alpha"),
+    idql: ("value_loss value critic_loss critic", "loss base"),  # the target follows the new V
+    diffusion_ql: ("critic_loss critic", "actor_loss actor"),
+    qflow: ("critic_loss inner_value_loss policy_loss adam", ""),
+}
+
+
+@pytest.mark.parametrize("module", UPDATES, ids=lambda module: module.__name__)
+def test_update_walks_through_the_slices(module):
+    """Critics learn from one slice after the other, the policy from the last one (Q-Flow: from every one).
+
+    Every network learns, and every average moves by its rate after each step.
+    """
     rates: Any = {"tau": 0.1} if module in (rlpd, qflow) else {"tau": 0.1, "ema_rate": 0.2}
-    agent, counts = make_agent(module, **rates), Counter()
-    optimizers, target_critic = module.Optimizers(agent, agent.args), copy.deepcopy(agent.target_critic)
+    agent, batch, order = make_agent(module, **rates), make_batch(module, 3, 8), []
+    optimizers, before = module.Optimizers(agent, agent.args), copy.deepcopy(agent)
     for part, optimizer in vars(optimizers).items():
         if not part.endswith("decay"):
-            optimizer.register_step_post_hook(lambda *_, part=part: counts.update([part]))
-    critic = optimizers.adam if module is qflow else optimizers.critic
+            optimizer.register_step_post_hook(lambda *_, part=part: order.append(part))
+    critic, target_critic = vars(optimizers)[UPDATES[module][0].split()[-1]], copy.deepcopy(agent.target_critic)
     critic.register_step_post_hook(lambda *_: module.move_towards(target_critic, agent.critic, 0.1))
-    before = copy.deepcopy(agent)
-    info = module.update(agent, optimizers, make_batch(module, 4, 8))
-    assert counts == {
-        rlpd: {"critic": 4, "actor": 1, "alpha": 1},
-        idql: {"critic": 4, "value": 4, "base": 1},
-        diffusion_ql: {"critic": 4, "actor": 1},
-        qflow: {"adam": 4},
-    }.get(module)
-    assert not any(same(child, snapshot(getattr(before, part))) for part, child in agent.named_children())
-    assert_close(agent.target_critic, target_critic)
-    for average, online in (("target_base_policy", "base_policy"), ("target_actor", "actor")):
-        if hasattr(agent, average):
-            module.move_towards(getattr(before, average), getattr(agent, online), 0.2)
-            assert_close(getattr(agent, average), getattr(before, average))
-    assert {"losses/critic", "critic/q_mean"} <= set(info)
-    assert all(value.isfinite() and not value.requires_grad for value in info.values())
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_update_walks_through_the_slices(name):
-    """The critics learn from one slice after the other, the policy from the last one (Q-Flow: from every one)."""
-    module = importlib.import_module(name)
-    agent, batch, order = make_agent(module), make_batch(module, 3, 8), []
 
     def spy(owner, loss: str) -> None:
         original = getattr(owner, loss)
 
         def watched(rows, *rest):
             u = [torch.equal(getattr(rows, "obs", rows), obs) for obs in batch.obs].index(True)
-            order.append((loss, u))
+            order.append(f"{loss} {u}")
             if module is diffusion_ql and rest:  # with the actions of its own next observations
                 assert torch.equal(rest[0][:, 0], batch.next_obs[u][:, :2].tanh())
             return original(rows, *rest)
 
         setattr(owner, loss, watched)
 
-    spy(agent, "critic_loss")
-    if module is idql:
-        spy(agent, "value_loss")
-        spy(agent.base_policy, "loss")
-    elif module is qflow:
-        spy(agent, "inner_value_loss")
-        spy(agent, "policy_loss")
-    else:
-        spy(agent, "actor_loss")
+    for loss in (word for word in " ".join(UPDATES[module]).split() if word.endswith("loss")):
+        spy(agent.base_policy if loss == "loss" else agent, loss)
     if module is diffusion_ql:
         agent.target_actor.sample = lambda obs: obs[..., :2].tanh()
-    module.update(agent, module.Optimizers(agent, agent.args), batch)
-    losses = ("value_loss", "critic_loss") if module is idql else ("critic_loss",)  # the target follows the new V
-    losses = ("critic_loss", "inner_value_loss", "policy_loss") if module is qflow else losses
-    last = [] if module is qflow else [("loss" if module is idql else "actor_loss", 2)]
-    assert order == [*((loss, u) for u in range(3) for loss in losses), *last]
+    module.update(agent, optimizers, batch)
+    words = [(word, u) for u, part in ((0, 0), (1, 0), (2, 0), (2, 1)) for word in UPDATES[module][part].split()]
+    assert order == [f"{word} {u}" if word.endswith("loss") else word for word, u in words]
+    assert not any(same(child, snapshot(getattr(before, part))) for part, child in agent.named_children())
+    assert_close(agent.target_critic, target_critic)
+    for average, online in (("target_base_policy", "base_policy"), ("target_actor", "actor")):
+        if hasattr(agent, average):
+            module.move_towards(getattr(before, average), getattr(agent, online), 0.2)
+            assert_close(getattr(agent, average), getattr(before, average))
 
 
 # ----------------------------------------------------------------------------------------------------------- RLPD
 
 
 @pytest.mark.parametrize("backup_entropy", [False, True])
-def test_rlpd_target_row_by_row(backup_entropy):
+def test_rlpd_target(backup_entropy):
     agent, batch = make_agent(rlpd, backup_entropy=backup_entropy, **FIXED), make_batch(rlpd, 12)
     torch.manual_seed(5)
     target_q = agent.td_target(batch)
     torch.manual_seed(5)
     next_actions, log_prob = agent.actor(batch.next_obs)
     assert not target_q.requires_grad and 0 < batch.terminations.sum() < 12
-    for row in range(12):
-        expected = batch.rewards[row].item()
-        if not batch.terminations[row]:
-            heads = agent.target_critic(batch.next_obs[row : row + 1], next_actions[row : row + 1])
-            bonus = -agent.log_alpha.exp().item() * log_prob[row].item() if backup_entropy else 0
-            expected += 0.9 * (heads.min().item() + bonus)
-        assert target_q[row].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    bonus = -agent.log_alpha.exp() * log_prob if backup_entropy else 0
+    next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) + bonus
+    torch.testing.assert_close(target_q, batch.rewards + 0.9 * (1 - batch.terminations) * next_q)
 
 
 @pytest.mark.parametrize("module", [rlpd, diffusion_ql], ids=["rlpd", "diffusion_ql"])
@@ -123,9 +102,8 @@ def test_rlpd_actor_loss_is_sacs():
     loss, entropy, info = agent.actor_loss(batch)
     torch.manual_seed(3)
     actions, log_prob = agent.actor(batch.obs)
-    qs, alpha = agent.critic(batch.obs, actions), agent.log_alpha.exp().item()
-    slow = sum(alpha * log_prob[b].item() - sum(qs[e, b].item() for e in range(3)) / 3 for b in range(16)) / 16
-    assert loss.item() == pytest.approx(slow, rel=1e-4)
+    slow = (agent.log_alpha.exp() * log_prob - agent.critic(batch.obs, actions).mean(0)).mean()
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-4)
     assert entropy.item() == info["actor/entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-5)
     assert torch.autograd.grad(loss, [agent.log_alpha], allow_unused=True) == (None,)
     assert agent.target_entropy == -1
@@ -157,15 +135,11 @@ def test_rlpd_evaluates_the_mode_and_trains_with_samples():
 # ----------------------------------------------------------------------------------------------------------- IDQL
 
 
-def test_idql_value_loss_row_by_row():
+def test_idql_value_loss():
     agent, batch = make_agent(idql, expectile=0.8, **FIXED), make_batch(idql, 12)
-    loss, _ = agent.value_loss(batch)
-    v, slow = agent.value(batch.obs), 0.0
-    for row in range(12):
-        q = agent.target_critic(batch.obs[row : row + 1], batch.actions[row : row + 1]).min().item()
-        difference = q - v[row].item()
-        slow += (0.8 if difference > 0 else 0.2) * difference**2 / 12
-    assert loss.item() == pytest.approx(slow, rel=1e-4)
+    difference = agent.target_critic(batch.obs, batch.actions).amin(0) - agent.value(batch.obs)
+    weights = torch.tensor([0.8 if d > 0 else 0.2 for d in difference])
+    torch.testing.assert_close(agent.value_loss(batch)[0], (weights * difference**2).mean())
 
 
 def test_idql_critic_loss_of_terminal_and_ordinary_rows():
@@ -182,10 +156,10 @@ def test_idql_takes_the_best_candidate_of_the_average():
     torch.manual_seed(4)
     actions = agent(obs)
     torch.manual_seed(4)
-    candidates = agent.target_base_policy.sample(obs.unsqueeze(1).expand(9, 6, 3))
-    for row in range(9):
-        qs = [agent.target_critic(obs[row : row + 1], candidates[row, n : n + 1]).min().item() for n in range(6)]
-        assert torch.equal(actions[row], candidates[row, qs.index(max(qs))])
+    many_obs = obs.unsqueeze(1).expand(9, 6, 3)
+    candidates = agent.target_base_policy.sample(many_obs)
+    best = agent.target_critic(many_obs, candidates).amin(0).argmax(1)
+    assert torch.equal(actions, candidates[range(9), best])
     torch.manual_seed(4)
     assert torch.equal(agent.training_actions(obs), actions)  # by default the best one acts, too
 
@@ -235,19 +209,15 @@ def test_dql_actor_loss_by_parts():
 
 
 @pytest.mark.parametrize("max_q_backup, samples", [(False, 1), (True, 10)])
-def test_dql_target_row_by_row(max_q_backup, samples):
+def test_dql_target(max_q_backup, samples):
     agent, batch = make_agent(diffusion_ql, max_q_backup=max_q_backup, **FIXED), make_batch(diffusion_ql, 8)
     agent.actor.sample = lambda obs: pytest.fail("the backup sampled from the online actor")
     next_actions = agent.next_action_samples(batch.next_obs)
     assert next_actions.shape == (8, samples, 2) and len(next_actions.unique(dim=1)[0]) == samples
     target_q = agent.td_target(batch, next_actions)
-    for row in range(8):
-        best = [-math.inf] * 3  # each head's own best of the samples, then the lowest head
-        for action in next_actions[row]:
-            q = agent.target_critic(batch.next_obs[row : row + 1], action.unsqueeze(0)).flatten().tolist()
-            best = [max(pair) for pair in zip(best, q, strict=True)]
-        expected = batch.rewards[row].item() + 0.9 * (1 - batch.terminations[row].item()) * min(best)
-        assert target_q[row].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    q = agent.target_critic(batch.next_obs.unsqueeze(1).expand(8, samples, 3), next_actions)
+    next_q = q.amax(2).amin(0)  # each head's own best of the samples, then the lowest head
+    torch.testing.assert_close(target_q, batch.rewards + 0.9 * (1 - batch.terminations) * next_q)
 
 
 def test_dql_draws_an_action_with_softmax_of_q():

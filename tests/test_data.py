@@ -101,9 +101,6 @@ def ogbench() -> Tree:
     return {"observations": obs, "actions": obs / 5, "terminals": last, "qpos": np.ones((5, 21), np.float32)}
 
 
-LAYOUTS = {"a.hdf5": d4rl, "a.npz": d4rl, "main_data.hdf5": minari, "low_dim.hdf5": robomimic, "play.npz": ogbench}
-
-
 @pytest.mark.parametrize("kind", ["hdf5", "npz", "columns"])
 def test_flat_arrays(tmp_path, kind):
     """A1: an npz of D4RL's keys means what HDF5 of these keys means. Flags may be columns, and numbers doubles."""

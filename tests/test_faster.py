@@ -5,13 +5,24 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, make_agent, make_batch, tiny_run_args
+from conftest import assert_close, make_agent, make_args, make_batch, tiny_run_args
 
+import expo_flow
 from variants import expo_faster as faster
 
 
 def values(critic, obs, action) -> list[float]:  # of every head
     return critic(obs.unsqueeze(0), action.unsqueeze(0)).flatten().tolist()
+
+
+def test_the_flow_is_that_of_the_parent():
+    policy, parent, both = make_agent(faster).base_policy, expo_flow.BasePolicy(3, 2, make_args(expo_flow)), []
+    parent.load_state_dict(policy.state_dict())
+    for each in (policy, parent):
+        torch.manual_seed(5)
+        loss = each.loss(torch.ones(9, 3), torch.zeros(9, 2))
+        both.append(torch.cat([loss[None], each.sample(torch.ones(9, 3)).flatten()]))
+    assert torch.equal(*both)
 
 
 def test_the_best_noise_is_that_of_the_highest_score_of_two_heads_of_the_average():

@@ -4,12 +4,10 @@ import importlib
 import inspect
 import itertools
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from conftest import EVERY_SCRIPT, ROOT
+from conftest import EVERY_SCRIPT, run_script
 
 from expo_diffusion import Args
 from utils import InputError
@@ -87,6 +85,7 @@ def test_every_flag_has_a_help_text(name):
 RANGES = ["utd-ratio 0", "offline-ratio 1.5", "offline-ratio -0.1", "batch-size 1", "num-edit-samples -1", "tau nan"]
 RANGES += ["edit-scale 0", "critic-lr -1", "reward-scale nan", "reward-shift inf", "num-min-critics 99", "init-alpha 0"]
 RANGES += ["seed 99999999999999999999", "checkpoint-every 0", "heldout-share 1", "hidden-layers 0", "base-expansion 0"]
+RANGES += ["guidance-lambda 0"]
 WRONG = {f"--{line}": f"--{line.split()[0]} " for line in RANGES}  # flags -> what their message says
 WRONG |= {"--utd-ration 4": "--utd-ration", "--utd-ratio many": "--utd-ratio", "--utd-ratio": "--utd-ratio"}
 WRONG |= {"--seed 1.5": "--seed", "--backup soft": "--backup", "--device tpu": "--device", "--task": "--task"}
@@ -102,11 +101,10 @@ def test_what_cannot_be_is_refused(line, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("utils.tasks.get_path", lambda _: "/nowhere")
-    assert WRONG[line] in refused(line, CLASSES["expo_finetune"])
+    assert WRONG[line] in refused(line, CLASSES["baselines.qflow" if "lambda" in line else "expo_finetune"])
 
 
 def test_a_script_in_its_own_process_ends_with_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, str(ROOT / "baselines" / "rlpd.py"), "--gamma", "2", "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = run_script(importlib.import_module("baselines.rlpd"), "--gamma", "2", "--run-dir", str(tmp_path / "run"))
     assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"error: --gamma [^\n]+\n", done.stderr)
     assert not (tmp_path / "run").exists()

@@ -42,28 +42,24 @@ def assert_same_training(agents: list[Any], infos: list[list[dict[str, float]]])
         assert info == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", EVERY_SCRIPT)
-def test_an_update_gives_the_numbers_of_the_cpu(name, monkeypatch):
-    script: Any = importlib.import_module(name)
-    start, batches = make_agent(script), [make_batch(script, 3, 16)]
+def test_an_update_gives_the_numbers_of_the_cpu(each, monkeypatch):
+    start, batches = make_agent(each), [make_batch(each, 3, 16)]
     for kind in ("rand", "randn", "randint", "randperm", "rand_like", "randn_like"):
         monkeypatch.setattr(torch, kind, functools.partial(drawn_on_the_cpu, getattr(torch, kind)))
     draw = torch.Tensor.exponential_  # FASTER's choice of a noise
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_(draw(torch.empty(self.shape))))
-    agents, _, infos = zip(*(trained(script, start, batches, device) for device in ("cuda", "cpu")), strict=True)
+    agents, _, infos = zip(*(trained(each, start, batches, device) for device in ("cuda", "cpu")), strict=True)
     assert_same_training(list(agents), list(infos))
     assert (next(agents[0].critic.parameters()) - next(start.critic.parameters())).abs().mean() > 1e-4
 
 
-@pytest.mark.parametrize("name", EVERY_SCRIPT)
-def test_a_recorded_update_is_the_update(name):
+def test_a_recorded_update_is_the_update(each):
     """Offline and online batches, and learning rates that decay to 0 within the test."""
-    script: Any = importlib.import_module(name)
-    recorded: Any = SimpleNamespace(**vars(script))
+    recorded: Any = SimpleNamespace(**vars(each))
     cuda_graph(recorded)
-    start = make_agent(script, **({"lr_decay_steps": 12} if hasattr(script.Args, "lr_decay_steps") else {}))
-    batches = [make_batch(script, 1, 16) for _ in range(6)] + [make_batch(script, 2, 16) for _ in range(7)]
-    agents, optimizers, infos = zip(*(trained(s, start, batches, "cuda") for s in (recorded, script)), strict=True)
+    start = make_agent(each, **({"lr_decay_steps": 12} if hasattr(each.Args, "lr_decay_steps") else {}))
+    batches = [make_batch(each, 1, 16) for _ in range(6)] + [make_batch(each, 2, 16) for _ in range(7)]
+    agents, optimizers, infos = zip(*(trained(s, start, batches, "cuda") for s in (recorded, each)), strict=True)
     assert_same_training(list(agents), list(infos))
     for name, part in vars(optimizers[1]).items():
         if hasattr(part, "param_groups"):
@@ -92,12 +88,10 @@ def test_a_recorded_choice_is_the_choice(name):
     assert recorded.Agent is not script.Agent
 
 
-@pytest.mark.parametrize("name", EVERY_SCRIPT)
-def test_a_run_trains_and_goes_on(name, tmp_path, capsys):
-    script: Any = importlib.import_module(name)
-    run_here(script, tiny_run_args(script, tmp_path / "run", device="cuda"))
+def test_a_run_trains_and_goes_on(each, tmp_path, capsys):
+    run_here(each, tiny_run_args(each, tmp_path / "run", device="cuda"))
     words = {"resume": tmp_path / "run", "run_dir": False, "total_timesteps": 90, "device": "cuda"}
-    run_here(script, tiny_run_args(script, **{"run_dir": False, **words}))
+    run_here(each, tiny_run_args(each, **words))
     assert "on cuda" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")
     assert metrics["losses/critic"].steps[-1] == 90

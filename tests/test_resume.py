@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_SCRIPT, VARIANTS
+from conftest import EVERY_SCRIPT
 from running import EVENTS, Trap, assert_same, at, read_metrics, read_state, run, run_here, send, words_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -71,7 +71,7 @@ MOMENTS = [("replace", 1), ("part", 2), ("row", 40), ("step", 1), ("part", 1), (
 
 @pytest.mark.parametrize(
     "name, moments",
-    [("expo_diffusion", MOMENTS), *((n, [("part", 4)]) for n in ("expo_finetune", "baselines.rlpd", *VARIANTS))],
+    [("expo_diffusion", MOMENTS), *((n, [("part", 4)]) for n in EVERY_SCRIPT[1:])],
 )
 def test_a_run_killed_again_and_again_is_the_same_run(name, moments, untouched, tmp_path):
     script = importlib.import_module(name)

@@ -1,6 +1,7 @@
 """The scripts are siblings made to be read with diff. Each can be read in one sitting, and utils/ is thin."""
 
 import ast
+import graphlib
 import itertools
 import math
 import os
@@ -57,13 +58,9 @@ def definitions(source: str) -> dict[str, str]:
 
 def between(source: str) -> list[str]:
     """Lines outside of definitions, imports and docstring: section lines and the last lines."""
-    lines = source.splitlines()
-    for node in ast.parse(source).body:
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if isinstance(node, Definition | ast.Import | ast.ImportFrom) or docstring:
-            first, last = extent(node) if isinstance(node, Definition) else (node.lineno, node.end_lineno or 0)
-            lines[first - 1 : last] = [""] * (last - first + 1)
-    return [line for line in lines if line]
+    for text in (ast.get_docstring(ast.parse(source), clean=False) or "?", *definitions(source).values()):
+        source = source.replace(text, "")
+    return [line for line in source.splitlines() if line and not line.startswith(("import ", "from ", '""""""'))]
 
 
 # -------------------------------------------------------------------------------------------------- byte-identical
@@ -147,10 +144,7 @@ def test_utils_is_thin_and_has_no_import_cycle():
         imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
         words = {alias.name for node in imports if node.module == "utils" for alias in node.names}
         needs[name] = (words | {str(node.module).removeprefix("utils.") for node in imports}) & set(modules)
-    while needs:  # takes away the modules that need nothing that is left
-        free = {name for name, others in needs.items() if not others & set(needs)}
-        assert free, f"a cycle among {sorted(needs)}"
-        needs = {name: others for name, others in needs.items() if name not in free}
+    graphlib.TopologicalSorter(needs).prepare()  # raises a CycleError
 
 
 def in_a_process(code: str, folder: Path) -> str:

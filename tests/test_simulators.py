@@ -202,7 +202,7 @@ def test_adroit_success_is_read_off_the_observation(name):
         state = {key: simulator.get_env_state()[key] for key in f"qpos qvel {keys}".split()}
         state["qvel"][:] = 0
         if name == "pen":
-            state["desired_orien"] = np.array([1, *rng.normal(0, 0.1, 3)])
+            state["desired_orien"] = np.array([1, *rng.normal([0, 1, 0], 0.3)])  # near where the pen points
         elif name == "relocate":
             state["qpos"][30:33], state["obj_pos"] = 0, np.array([0, 0, 0.035])
             state["target_pos"] = state["obj_pos"] + rng.normal(0, 0.07, 3)
@@ -212,7 +212,7 @@ def test_adroit_success_is_read_off_the_observation(name):
         obs, reward, terminated, _, info = env.step(np.zeros(env.action_space.shape, np.float32))
         assert reward == info["success"] == adroit.success_after(name, obs[None])[0] and not terminated
         seen.add(bool(reward))
-    assert name == "pen" or seen == {False, True}
+    assert seen == {False, True}
 
 
 def test_adroit_rows_are_relabelled():
