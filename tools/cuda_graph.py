@@ -35,9 +35,8 @@ class Recorded:
         """The outputs are overwritten by the next call."""
         shape = inputs[0].shape
         self.calls[shape] += 1
-        if (
-            self.calls[shape] <= 3
-        ):  # these calls allocate what the graph needs, on a stream of their own, as torch asks for
+        # The first calls allocate what the graph needs, on a stream of their own, as torch asks for.
+        if self.calls[shape] <= 3:
             if not inputs[0].is_cuda:
                 raise InputError("tools/cuda_graph.py needs a GPU; run the script itself")
             side, main = torch.cuda.Stream(), torch.cuda.current_stream()
