@@ -266,15 +266,13 @@ def test_problems():
     """A7: what a run prints at its start, and `inspect` too."""
     obs, env = np.random.default_rng(0).normal(size=(41, 2)).cumsum(axis=0), make_env("Pendulum-v1", "", 15)
     good = Transitions(obs[:-1], obs[1:, :1], obs[1:, 0], obs[1:], np.zeros(40))
-    two, uneven = [[0, 20], [20, 40]], [[0, 18], [18, 40]]
-    jump = obs[1:] + 500 * (np.arange(80).reshape(40, 2) == 15)
+    two, jump = [[0, 20], [20, 40]], obs[1:] + 500 * (np.arange(80).reshape(40, 2) == 15)
     for rows, episodes, there, words in (
         (good, two, None, []),
         (good, two, env, ["2 episodes exceed the limit of 15, up to 20"]),
         (good, [[0, 40]], None, ["one single episode: are the 'timeouts' missing?"]),
-        (good._replace(next_obs=jump), uneven, None, ["1 transitions jump, up to"]),
-        (good._replace(next_obs=jump), two, None, []),  # OGBench's grippers jump, too; no end is missing
-        (good._replace(next_obs=jump, terminations=np.arange(40) == 7), uneven, None, []),  # it needs no successor
+        (good._replace(next_obs=jump), two, None, ["1 transitions jump, up to"]),
+        (good._replace(next_obs=jump, terminations=np.arange(40) == 7), two, None, []),  # it needs no successor
         (good._replace(next_obs=np.vstack([obs[:3], obs[4:]])), two, None, ["3 transitions do not change"]),
         (good._replace(actions=np.zeros((40, 2))), two, None, ["constant action dimensions: 0, 1"]),
     ):

@@ -56,7 +56,7 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     steps[rows.terminations > 0] = 0
     usual = np.quantile(steps, 0.95, axis=0)  # within an episode, simulators seldom exceed five times this
     jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(rows.obs, axis=0))  # other dimensions hardly ever change
-    if jumps.any() and (len(lengths) == 1 or np.ptp(lengths)):  # episodes of one length have all their ends
+    if jumps.any():
         place = (jumps * steps / (usual + 1e-30)).max(axis=0).argmax()
         size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
         problems.append(f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?")
