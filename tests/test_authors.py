@@ -5,16 +5,19 @@ agree to 1e-9. Nothing of the script is replaced but its random numbers. One tes
 """
 
 import sys
+from collections import defaultdict
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 CLIPS = "(to_edit + edits).clamp(-1, 1)", "(batch.actions + edits).clamp(-1, 1)"
+FIELDS = ("obs", "actions", "rewards", "next_obs", "terminations")
 Numbers = dict[str, Tensor]
 
 
@@ -113,14 +116,55 @@ class Draws:
         self.put("normal", n["loss_noise"], n["edit_loss_noise"])
 
 
+def watched_update(module: ModuleType, agent: Any, optimizers: Any, batch: Any) -> Numbers:
+    """One call of the script's `update`, and what its functions returned on the way: a row per critic step."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def watch(owner: Any, name: str, *keys: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            result = function(*args)
+            for key, value in zip(keys, result if isinstance(result, tuple) else (result,), strict=False):
+                seen[key].append(value)
+            return result
+
+        setattr(owner, name, call)
+
+    def gradient_step(optimizer: Any, loss: Tensor) -> None:
+        step(optimizer, loss)
+        name = next(name for name, part in vars(optimizers).items() if part is optimizer)
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        seen[f"{name}_grad_norm"].append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        seen[f"{name}_grad"].append(gradients[0].clone())
+
+    before = dict(vars(module))
+    watch(module, "next_candidates", "candidates")
+    watch(agent, "rank", "rank_q")
+    watch(agent, "td_target", "target_q", "choice")
+    watch(agent, "critic_loss", "critic_loss")
+    step, module.gradient_step = module.gradient_step, gradient_step  # pyright: ignore[reportAttributeAccessIssue]
+    info = module.update(agent, optimizers, batch)
+    vars(module).update(before)
+    for name in ("rank", "td_target", "critic_loss"):
+        delattr(agent, name)
+    found = {key: torch.stack(values).detach() for key, values in seen.items()}
+    names = {"base_loss": "losses/base_policy", "edit_loss": "losses/edit_policy", "alpha": "edit/alpha"}
+    found |= {name: info[key] for name, key in (names | {"entropy": "edit/entropy"}).items()}
+    for name in ("candidates", "base_grad_norm", "edit_grad_norm"):
+        found[name] = found[name][0]
+    return found | {"log_alpha_grad": found["alpha_grad"][0], "log_alpha_after": agent.log_alpha.detach().clone()}
+
+
 def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
     assert found.shape == expected.shape, name
     assert (found - expected).abs().max() <= 1e-9 * expected.abs().max(), name
 
 
-# What an update tells, and its name in the file. The file has the first two of every slice: the last one is told.
-INFO = {"losses/critic": "critic_loss", "critic/q_mean": "critic_q_mean", "losses/base_policy": "base_loss"}
-INFO |= {"losses/edit_policy": "edit_loss", "edit/entropy": "entropy", "edit/alpha": "alpha"}
+VALUES = (
+    "candidates rank_q choice target_q critic_loss critic_grad_norm base_loss base_grad_norm edit_loss edit_grad_norm"
+)
+VALUES += " entropy alpha log_alpha_grad log_alpha_after"
 
 
 @pytest.mark.parametrize("name, target", [("published", "published"), ("adjusted", "scaled"), ("outside", "published")])
@@ -128,15 +172,15 @@ def test_whole_updates(ref, monkeypatch, name, target):
     module = script(clips=name != "outside")
     agent = make_agent(module, ref, target, f"{name}/" if name == "outside" else "")
     optimizers = module.Optimizers(agent, agent.args)
-    batch = module.Batch(*(ref.get(f"{name}/batch/{key}", ref[f"batch/{key}"]) for key in module.Batch._fields))
+    batch = module.Batch(*(ref.get(f"{name}/batch/{key}", ref[f"batch/{key}"]) for key in FIELDS))
     draws, compared = Draws(monkeypatch), 0
     for r in range(1 if name == "outside" else 5):
         draws.put_update({key.removeprefix("random/"): x[r] for key, x in ref.items() if key.startswith("random/")})
-        info = module.update(agent, optimizers, batch) | {"log_alpha": agent.log_alpha.detach()}
+        found = watched_update(module, agent, optimizers, batch)
         assert not draws.queue
-        for key, there in (INFO | {"log_alpha": "log_alpha_after"}).items():
-            expected = ref[f"{name}/{there}"] if name == "outside" else ref[f"{name}/{there}"][r]
-            assert_close(info[key], expected.flatten()[-1], f"{key} of update {r}")
+        for key in VALUES.split():
+            expected = ref[f"{name}/{key}"]
+            assert_close(found[key], expected if name == "outside" else expected[r], f"{key} of update {r}")
         for key, value in weights(agent).items():
             expected = ref.get(f"{name}/after{r + 1}/{key}", ref.get(f"published/after{r + 1}/{key}"))
             if expected is not None and not (name == "outside" and key.startswith("base")):
@@ -152,19 +196,34 @@ def test_acting(ref, monkeypatch):
     n = {key.removeprefix("acting/"): value for key, value in ref.items() if key.startswith("acting/")}
     draws.put("normal", n["chain_start"], *n["chain_noise"], n["edit_noise"])
     draws.put("heads", n["rank_heads"])
+    seen: list[Tensor] = []
+    rank = agent.rank
+    agent.rank = lambda obs, candidates: seen.extend([candidates, rank(obs, candidates)]) or seen[-1]
     assert_close(agent.on_the_fly_actions(n["obs"]), n["action"], "action")
+    assert_close(seen[0], n["candidates"], "candidates")
+    assert_close(seen[1], n["rank_q"], "rank_q")
+    assert seen[1].argmax() == n["choice"]
 
 
-def test_log_std_is_bounded(ref, monkeypatch):
-    agent, draws = make_agent(script(), ref), Draws(monkeypatch)
+def test_single_networks(ref, monkeypatch):
+    agent = make_agent(script(), ref)
     n = {key.removeprefix("probe/"): value for key, value in ref.items() if key.startswith("probe/")}
-    draws.put("normal", torch.zeros_like(n["edit_noise"]))
+    for name, policy in (("base", agent.base_policy), ("base_ema", agent.target_base_policy)):
+        time_code = policy.network.time_code(policy.times[n["times"]])
+        assert_close(policy.network(n["actions"], n["obs"], time_code).detach(), n[name], name)
+    draws = Draws(monkeypatch)
+    draws.put("normal", n["edit_noise"], torch.zeros_like(n["edit_noise"]))
+    edit, log_density = agent.edit_policy(n["obs"], n["actions"])
+    assert_close(edit.detach(), n["edit"], "edit")
+    assert_close(log_density.detach(), n["edit_log_density"], "edit_log_density")
     agent.edit_policy.log_std.bias.data += n["log_std_shift"]  # beyond both of its bounds
     edit, log_density = agent.edit_policy(n["obs"], n["actions"])  # without noise: the mean itself
     density = torch.distributions.Normal(n["edit_mean"], n["edit_std_shifted"]).log_prob(n["edit_mean"])
     slope = agent.args.edit_scale * (1 - n["edit_mean"].tanh().square())
     assert_close(edit.detach(), agent.args.edit_scale * n["edit_mean"].tanh(), "edit_mean")
     assert_close(log_density.detach(), (density - slope.log()).sum(-1), "edit_std_shifted")
+    assert_close(agent.critic(n["obs"], n["actions"]).detach(), n["critic"], "critic")
+    assert_close(agent.target_critic(n["obs"], n["actions"]).detach(), n["critic_ema"], "critic_ema")
 
 
 @pytest.mark.parametrize("steps", [4, 10])

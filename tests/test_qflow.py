@@ -44,6 +44,15 @@ def slow_flow(agent, obs, x, t) -> torch.Tensor:
     return x.clamp(-1, 1)
 
 
+@pytest.mark.parametrize("t", [0.0, 0.1, 0.6, 0.75, 0.99])
+def test_flow_ends_at_time_1_from_any_time(t):
+    (agent, batch), times = agent_and_batch(), torch.tensor([[0.2], [t]]).double()
+    obs, x = batch.obs[:2], batch.actions[:2]
+    torch.testing.assert_close(agent.policy.flow(obs, x, times), slow_flow(agent, obs, x, times))
+    agent.policy.forward = lambda obs, x, t: torch.full_like(x, -0.7)  # by hand: a constant velocity, then the clip
+    torch.testing.assert_close(agent.policy.flow(obs, x, times), (x - 0.7 * (1 - times)).clamp(-1, 1))
+
+
 @pytest.mark.parametrize("agg", ["mean", "min"])
 def test_losses(agg):
     """The guidance is measured by central differences of the mean, also where the targets take the minimum."""
