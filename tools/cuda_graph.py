@@ -76,8 +76,11 @@ def cuda_graph(script: Any) -> None:
 
     class Agent(script.Agent):
         def on_the_fly_actions(self, obs: Tensor, *options: Any) -> Tensor:
-            act = super().on_the_fly_actions
-            return recorded.setdefault((id(self), *options), Recorded(lambda obs: act(obs, *options)))(obs)
+            key = id(self), *options
+            if key not in recorded:
+                act = super().on_the_fly_actions
+                recorded[key] = Recorded(lambda obs: act(obs, *options))
+            return recorded[key](obs)
 
     script.update = replayed
     if hasattr(script.Agent, "on_the_fly_actions"):
