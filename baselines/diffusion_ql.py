@@ -301,7 +301,7 @@ class Agent(nn.Module):
         obs = obs.unsqueeze(-2).expand(*obs.shape[:-1], self.args.num_action_samples, -1)
         candidates = self.actor.sample(obs)  # (..., N, A)
         q = self.target_critic.random_min(obs, candidates, self.args.num_min_critics)  # (..., N)
-        weights = F.softmax(self.args.kappa * q, dim=-1)
+        weights = F.softmax(self.args.kappa * q, dim=-1).nan_to_num(1)  # NaN: the log ends the run
         choice = torch.multinomial(weights.view(-1, weights.shape[-1]), 1).view(weights.shape[:-1])
         return torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)
 
@@ -498,7 +498,7 @@ def load(path: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer)
         torch.set_rng_state(state["random"].cpu())
         torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda"]])
     except Exception as error:  # torch raises many kinds
-        raise OSError(f"{path} is damaged, or of another run: {' '.join(str(error).split())}") from None
+        raise OSError(f"{path} is damaged, or beyond --total-timesteps: {' '.join(str(error).split())}") from None
     return state
 
 
@@ -529,7 +529,7 @@ def main(args: Args) -> None:
     state: dict[str, Any] = {"step": -args.offline_steps - 1, "episode": 0, "log": dict(bytes=0, seconds=0, sums={})}
     if (folder / "checkpoint.pt").exists():
         state = load(folder / "checkpoint.pt", agent, optimizers, buffer)
-    first, saved, episode = state["step"] + 1, state["step"], state["episode"]
+    first, episode = state["step"] + 1, state["episode"]
     log = Log(folder, args, zlib.crc32(b"".join(field.tobytes() for field in data)), state["log"], first)
     if args.capture_video:
         rounds = math.ceil(args.eval_episodes / len(eval_envs))  # it records the first episode of every evaluation
@@ -543,18 +543,18 @@ def main(args: Args) -> None:
 
     def finish(step: int, between_episodes: bool) -> None:
         """The end of a step: evaluates, logs, saves and stops, where it is due."""
-        nonlocal saved
         evaluating = step >= 0 and (step % args.eval_every == 0 or step == args.total_timesteps)
         if evaluating:
             eval_envs[0].name_prefix = f"step{step}"  # of its video  # pyright: ignore[reportAttributeAccessIssue]
             log.add(evaluate(policies, eval_envs, args, device))
         if evaluating or step % args.log_every == 0:
             log.write(step)
-        due = between_episodes and (stop or step - saved >= args.checkpoint_every)
+        due = between_episodes and (stop or step - state["step"] >= args.checkpoint_every)
         if due or step == args.total_timesteps:
             save(folder, agent, optimizers, buffer, log, step, episode)
-            saved = step
+            state["step"] = step
         if due and stop:
+            eval_envs[0].close()  # completes its last video
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
             sys.exit(128 + stop[0])
 
@@ -580,7 +580,7 @@ def main(args: Args) -> None:
             episode += 1
             obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
         finish(step, terminated or truncated)
-    eval_envs[0].close()  # completes its last video
+    eval_envs[0].close()
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
     print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps}")

@@ -220,6 +220,8 @@ def test_ogbench(tmp_path):
     data = read(write(tmp_path / "play.npz", ogbench()))
     assert data.rows.obs[:, 0].tolist() == [0, 1, 3] and data.rows.next_obs[:, 0].tolist() == [1, 2, 4]
     assert data.episodes.tolist() == [[0, 2], [2, 3]] and not data.rows.terminations.any()
+    path = write(tmp_path / "a.npz", {key: value for key, value in ogbench().items() if key != "qpos"})
+    assert "has no 'rewards'" in refused(path)  # a file of one's own, and its rewards were forgotten
 
 
 def test_several_files_are_joined(tmp_path):

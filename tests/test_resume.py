@@ -198,9 +198,11 @@ def test_another_run_is_refused(copied, monkeypatch):
     load_dataset, record = expo_diffusion.load_dataset, json.loads((copied / "args.json").read_text())
     monkeypatch.setattr(expo_diffusion, "load_dataset", lambda *args: [2 * rows for rows in load_dataset(*args)])
     assert "data" in refused(copied)
-    with subprocess.Popen([sys.executable, "-c", "input()", "expo_diffusion.py"], stdin=subprocess.PIPE) as living:
-        (copied / "args.json").write_text(json.dumps(record | {"pid": living.pid}))
-        assert f"process {living.pid} is still writing" in refused(copied)
+    with subprocess.Popen([sys.executable, "-c", "input()", "my_own.py"], stdin=subprocess.PIPE) as living:
+        for command, sees in (["my_own.py"], True), (["another_program.py"], False):  # then its number was given away
+            record["starts"][-1]["command"] = command
+            (copied / "args.json").write_text(json.dumps(record | {"pid": living.pid}))
+            assert (f"process {living.pid} is still writing" in refused(copied)) == sees
         living.kill()
 
 
@@ -208,6 +210,8 @@ def test_a_complete_run_is_resumed_to_nothing_or_to_a_longer_one(copied, untouch
     before, state = contents(copied), read_state(copied)
     resume(copied)
     assert_untouched(copied, untouched(expo_diffusion))
+    with pytest.raises(OSError, match="beyond --total-timesteps"):
+        resume(copied, "--total-timesteps", "20")
     resume(copied, "--total-timesteps", "40", "--eval-every", "15", "--checkpoint-every", "1000")
     longer = read_state(copied)
     assert longer["step"] == len(longer["rows"][0]) == 40

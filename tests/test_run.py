@@ -3,7 +3,9 @@
 import importlib
 import json
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +202,16 @@ def test_capture_video_writes_one_video_for_each_policy_and_evaluation(episodes,
     assert names == {f"step{10 * i}-episode-{(2 * i + base) * rounds}.mp4" for i in range(3) for base in (0, 1)}
 
 
+def test_a_stopped_run_completes_its_last_video(walks, monkeypatch, tmp_path):
+    pytest.importorskip("moviepy")
+    numbers = iter([signal.SIGINT])  # one in the first update, and then none (0)
+    monkeypatch.setattr(expo_diffusion, "update", lambda *_: os.kill(os.getpid(), next(numbers, 0)) or {})
+    with pytest.raises(SystemExit):
+        walks(expo_diffusion, tmp_path / "run", capture_video=True, offline_steps=0)
+    names = {path.name for path in (tmp_path / "run" / "videos").glob("*.mp4")}
+    assert names == {"step0-episode-0.mp4", "step0-episode-1.mp4"}
+
+
 def test_every_step_acts_is_stored_and_updates(each, walks, monkeypatch, tmp_path):
     """Offline: one slice of offline rows each. Then uniform actions and no update, then U mixed slices a step.
 
@@ -264,11 +276,19 @@ def test_runs_with_every_switch_thrown(switches, each, walks, tmp_path):
         assert bool(values_of(rows, "losses/edit_policy")) == (switches.get("num_edit_samples") != 0)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_and_key(tmp_path):
-    words = words_for(expo_diffusion, tmp_path / "run", reward_scale=1e30)
-    assert run(expo_diffusion, words, tmp_path / "log") == 2
-    assert re.match(r"error: step -?\d+: losses/critic is inf; ", (tmp_path / "log").read_text().splitlines()[-1])
-    assert read_metrics(tmp_path / "run")[-1][1:] == ("losses/critic", "inf")
+TOO_LARGE = [("expo_diffusion", {"reward_scale": 1e30}), ("expo_diffusion", {"backup": "entropy", "critic_lr": 1e20})]
+TOO_LARGE += [("baselines.diffusion_ql", {"critic_lr": 1e20})]
+
+
+@pytest.mark.parametrize("name, flags", TOO_LARGE)
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_and_key(name, flags, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log of its own there
+    script, log = importlib.import_module(name), tmp_path / "log"
+    words = words_for(script, tmp_path / "run", log_every=50, checkpoint_every=1000, **flags)
+    assert run(script, words, log) == 2
+    last = log.read_text().splitlines()[-1]
+    assert re.match(r"error: step -?\d+: losses/critic is (inf|nan); ", last), last
+    assert read_metrics(tmp_path / "run")[-1][1:] in (("losses/critic", "inf"), ("losses/critic", "nan"))
 
 
 @pytest.mark.parametrize("network", ["target_critic.weights.0", "edit_policy.mean.bias", "log_alpha"])

@@ -39,6 +39,9 @@ class Scripted(gym.Env):
             raise obs
         return obs, reward, False, False, info
 
+    def render(self):
+        pass
+
 
 gym.register("Scripted-v0", Scripted)  # pyright: ignore
 
@@ -81,7 +84,9 @@ def test_success():
 
 REFUSED = [
     ({"actions": Discrete(3)}, "Discrete actions"),
+    ({"actions": Box(-5, 5, (2,), np.int64)}, "Box actions of int64; they must be a continuous Box"),
     ({"actions": Box(-np.inf, np.inf, (2,))}, "action dimension 0 goes from -inf to inf"),
+    ({"actions": Box(*(np.finfo(np.float32).max * UNIT.high * [[-1], [1]]))}, "action dimension 0 goes from -3.4"),
     (
         {"actions": Box(np.array([-1.0, 1.0]), np.ones(2), dtype=np.float64)},
         "action dimension 1 goes from 1.0 to 1.0",
@@ -115,6 +120,24 @@ def test_bad_environments():
         with pytest.raises(InputError) as error:
             env.step(ONE)
         assert str(error.value) == f"environment 'Scripted-v0', step 2 of an episode: {words}"
+    gym.register("Dark-v0", lambda render_mode: Scripted(), max_episode_steps=5)  # pyright: ignore
+    with pytest.raises(InputError, match="no pictures: its `render_mode` must be 'rgb_array'"):
+        make_env("Dark-v0", render_mode="rgb_array")
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64])
+def test_an_action_is_always_one_of_the_environments_space(number):
+    """Of its type and shape, and never outside, as 14.999999 would be for a bound of 15."""
+    for low, high in ((15, 30), (0.26, 2.61), (-0.1, 0.7), (-7.3, -1e-3)):
+        for shape in ((), (1,), (2, 3)):
+            env, space = scripted(*4 * [(0, {}, ONE)], actions=(space := Box(low, high, shape, number))), space
+            taken, plain = [], env.unwrapped
+            plain.step = lambda action, step=plain.step, taken=taken: (taken.append(action), step(action))[1]
+            env.reset()
+            for value in (-1, 1, 0.3):
+                env.step(np.full(env.action_space.shape, value, np.float32))
+            assert all(type(action) is np.ndarray and space.contains(action) for action in taken), (space, taken)
+            assert [float(action.mean()) for action in taken[:2]] == pytest.approx([low, high], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].env_id])

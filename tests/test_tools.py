@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,12 @@ def test_evaluate(tool, tmp_path, script, file):
     printed = {f"eval/{line.split()[0]}": float(line.split()[1]) for line in out.splitlines()[1:]}
     assert len(printed) >= 3 and printed == pytest.approx({key: metrics[key] for key in printed}, rel=1e-3)
     assert "--episodes must be at least 1" in tool(evaluate, tmp_path, "--episodes", 0)
+    other = tmp_path / ("checkpoint.pt" if file == "agent.pt" else "agent.pt")
+    other.write_bytes(b"")
+    for age, words in ((-9, "return"), (9, f"{other.name} is damaged")):  # the newer file counts
+        os.utime(other, (time.time() + age, time.time() + age))
+        assert words in tool(evaluate, tmp_path, "--episodes", 1)
+    other.unlink()
     for changed, words in (
         (record | {"args": vars(args) | {"hidden_dim": 17}}, f"{file} is damaged, or does not fit its args.json"),
         (record | {"script": "expo_magic"}, "is a run of 'expo_magic'"),

@@ -46,10 +46,11 @@ def load_args(run_dir: Path) -> tuple[Any, Any]:
 
 
 def load_agent(run_dir: Path, module: Any, args: Any, env: gym.Env, device: str) -> Any:
-    """The agent of a run, from agent.pt or else from its last checkpoint."""
-    path = next((path for path in (run_dir / "agent.pt", run_dir / "checkpoint.pt") if path.exists()), None)
-    if path is None:
+    """The agent of a run, from the newer one of agent.pt and checkpoint.pt: a run may have been made longer."""
+    paths = [path for path in (run_dir / "checkpoint.pt", run_dir / "agent.pt") if path.exists()]
+    if not paths:
         raise InputError(f"{run_dir} has neither agent.pt (--save-model writes it) nor checkpoint.pt")
+    path = max(paths, key=lambda path: path.stat().st_mtime)
     dims = [int(np.prod(space.shape or ())) for space in (env.observation_space, env.action_space)]
     try:
         state = torch.load(path, map_location=device, weights_only=True)  # tensors and plain values, no code

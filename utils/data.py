@@ -86,7 +86,7 @@ def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] =
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
             keys = {str(key).rstrip("0123456789") for key in file}
-            if not keys & {"data", "episode_"} and (kind == "HDF5" or keys & {"rewards", *OPTIONAL}):
+            if not keys & {"data", "episode_"} and ("qpos" not in keys or keys & {"rewards", *OPTIONAL}):
                 return {key: numbers(file, key) for key in (*REQUIRED, *OPTIONAL) if key in file or key in REQUIRED}
             from utils import layouts  # not needed for D4RL's layout
 

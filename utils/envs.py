@@ -36,9 +36,9 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
         else:
             env = create(env_id, kwargs)
         space = env.action_space
-        if not isinstance(space, spaces.Box):
-            raise InputError(f"{type(space).__name__} actions; they must be a continuous Box")
-        unusable = ~(np.isfinite(space.low) & np.isfinite(space.high) & (space.low < space.high))
+        if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+            raise InputError(f"{type(space).__name__} actions of {space.dtype}; they must be a continuous Box")
+        unusable = ~((space.low < space.high) & (space.high.astype(np.float64) - space.low < 1e30))
         if unusable.any():
             low, high, place = space.low[unusable][0], space.high[unusable][0], unusable.argmax()
             raise InputError(f"action dimension {place} goes from {low} to {high}; wrap it with finite, unequal bounds")
@@ -51,10 +51,10 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     env = ActionRepeat(env, action_repeat)
     if max_episode_steps:
         env = gym.wrappers.TimeLimit(env, max_episode_steps)
-    if len(space.shape) != 1:
-        env = gym.wrappers.TransformAction(env, lambda a: np.reshape(a, space.shape), spaces.flatten_space(space))
-    number: Any = space.dtype.type if space.dtype.kind == "f" else np.float32
-    return Checked(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, number(-1), number(1))))
+    flat: Any = spaces.flatten_space(space)
+    bounds: Any = dict(a_min=flat.low, a_max=flat.high, dtype=flat.dtype)  # rounding would leave them
+    env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, **bounds).reshape(space.shape), flat)
+    return Checked(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, *np.array([-1, 1], flat.dtype))))
 
 
 def create(env_id: str, kwargs: dict[str, Any]) -> gym.Env:

@@ -48,10 +48,12 @@ def with_pictures(create: Any, env_id: str, kwargs: dict[str, Any]) -> gym.Env:
     env = create(env_id, kwargs)
     try:
         env.reset(seed=0)
-        env.render()
+        picture = env.render()
     except Exception as error:  # OpenGL's loaders raise whatever they like
         chosen = os.environ.get("MUJOCO_GL", "")
         advice = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri" if chosen == "egl" else "try MUJOCO_GL=egl"
         raise InputError(f"no pictures with MUJOCO_GL={chosen!r}: {reason(error)}; {advice}") from error
+    if env.render_mode != "rgb_array" or not hasattr(picture, "shape"):
+        raise InputError("no pictures: its `render_mode` must be 'rgb_array', and `render` must return an array")
     atexit.register(env.close)  # while the graphics library is still there
     return env

@@ -1,7 +1,5 @@
 """The table of tasks, and the command line that lays a task's settings over a script's own defaults."""
 
-# A task is an environment, offline data, and values for flags where the published defaults do not fit. Flags still win.
-
 import contextlib
 import difflib
 import inspect
@@ -145,12 +143,13 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
             record = json.loads((Path(run_dir) / "args.json").read_text())
             saved = {key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
             script, here = record["script"], Path(inspect.getfile(cls)).stem
-            process, same_machine = Path(f"/proc/{record['pid']}/cmdline"), record["host"] == platform.node()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            program, same_machine = Path(record["starts"][-1]["command"][0]).stem, record["host"] == platform.node()
+            process = Path(f"/proc/{record['pid']}/cmdline")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"--resume {run_dir}: no run there; its args.json is missing or damaged") from None
         if script != here:
             raise InputError(f"--resume {run_dir} is a run of {script}.py, not of {here}.py")
-        if same_machine and record["pid"] != os.getpid() and process.exists() and script in process.read_text():
+        if same_machine and record["pid"] != os.getpid() and process.exists() and program in process.read_text():
             raise InputError(f"--resume {run_dir}: process {record['pid']} is still writing it; stop that one first")
         flags.update({key: saved[key] for key in flags if key in saved}, resume=run_dir, run_dir=run_dir)
     elif name in TASKS:
@@ -208,17 +207,16 @@ def check_flags(flags: dict[str, Any]) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
     given, found, cuda = flags.get, util.find_spec, lambda: import_module("torch").cuda.is_available()
     compiler = any(map(shutil.which, ("g++", "clang++", "c++"))) and Path(get_path("include"), "Python.h").exists()
+    idle = 0 < flags["total_timesteps"] <= flags["learning_starts"] and not flags["offline_steps"]
     run_files = [Path(given("run_dir") or ".", name) for name in ("args.json", "metrics.csv")]
     holds_run = given("run_dir") and not given("resume") and any(p.exists() and p.stat().st_size for p in run_files)
     for wrong, problem in (
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
         (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
         (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
+        (idle, "--total-timesteps must exceed --learning-starts, the random steps before the first update"),
         (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
-        (
-            given("compile") and not compiler,
-            "--compile needs a C++ compiler and Python.h (Debian: apt install g++ python3-dev)",
-        ),
+        (given("compile") and not compiler, "--compile needs a C++ compiler and Python.h: apt install g++ python3-dev"),
         (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
         (given("capture_video") and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),
     ):
