@@ -96,10 +96,10 @@ class Args:
     ema_rate: float = 0.001  # rate of the base policy's moving average, per base update
     # ---- networks and optimisers
     hidden_dim: int = 256  # width of critics and V
-    hidden_layers: int = 3  # hidden layers of critics and V
+    hidden_layers: int = 3  # hidden layers of critics and V; published: 2
     critic_lr: float = 3e-4  # Adam, constant, of critics and V
     base_lr: float = 3e-4  # AdamW, cosine decay to 0
-    base_weight_decay: float = 1e-4  # AdamW's weight decay
+    base_weight_decay: float = 1e-4  # AdamW's weight decay; published: 0
     lr_decay_steps: int = 3_000_000  # updates until the decayed learning rates reach 0
     base_hidden_dim: int = 256  # width of the base policy
     base_blocks: int = 3  # residual blocks of the base policy
@@ -324,7 +324,8 @@ class Agent(nn.Module):
             return self.best_actions(obs)
         candidates, q = self.candidates_and_q(obs)
         better = q > self.value(obs).unsqueeze(-1)  # V balances the two sides of the expectile with these weights
-        weights = torch.where(better, self.args.expectile, 1 - self.args.expectile)  # (..., N) [idql code]
+        expectile = self.args.expectile
+        weights = torch.where(better, expectile, 1 - expectile) + 1e-9  # (..., N), never all 0 [idql code]
         choice = torch.multinomial(weights.view(-1, weights.shape[-1]), 1).view(weights.shape[:-1])
         return torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)
 

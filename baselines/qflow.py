@@ -85,7 +85,7 @@ class Args:
     reward_shift: float = 0.0  # added to the rewards after they are scaled
     # ---- the algorithm
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
-    offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: all of them
+    offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: 1e6
     utd_ratio: int = 20  # U, updates of all networks per environment step
     batch_size: int = 256  # B, rows of one slice
     offline_ratio: float = 0.5  # share of offline rows in every slice (0.5: symmetric sampling)
@@ -162,7 +162,7 @@ class FlowPolicy(nn.Module):
         """Velocities (..., A) of points x (..., A) at times t (..., 1). The time itself is an input [paper]."""
         x = torch.cat([obs, x, t], dim=-1)
         for layer in self.layers:
-            x = F.gelu(layer(x))
+            x = F.gelu(layer(x))  # [ours q4]
         return self.output(x)
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class ValueEnsemble(nn.Module):
         self.num, widths = args.num_critics, [in_dim] + [args.hidden_dim] * args.hidden_layers
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()  # (E, I, J) and (E, 1, J) of a layer
         for i, j in itertools.pairwise([*widths, 1]):
-            bound = math.sqrt(6 / (i + j))  # Xavier-uniform, every member by itself [ours q4]
+            bound = math.sqrt(6 / (i + j))  # Xavier-uniform, every member by itself
             self.weights.append(torch.empty(self.num, i, j).uniform_(-bound, bound))
             self.biases.append(torch.zeros(self.num, 1, j))
         self.scales = nn.ParameterList(torch.ones(self.num, 1, width) for width in widths[1:])  # of the LayerNorms

@@ -260,7 +260,8 @@ SWITCHES: list[dict[str, Any]] = [
     | {"backup_entropy": True, "max_q_backup": True, "utd_ratio": 1, "tau": 1.0, "edit_dropout": 0.5},
     {"num_edit_samples": 0, "denoising_steps": 1, "offline_ratio": 0.0, "num_min_critics": 1, "base_blocks": 0}
     | {"num_target_samples": 1, "precision": "bfloat16", "matmul_precision": "medium", "gamma": 0.0, "ema_rate": 1.0},
-    {"offline_ratio": 1.0, "num_base_samples": 3, "num_edit_samples": 2, "num_target_samples": 5, "hidden_layers": 3},
+    {"offline_ratio": 1.0, "num_base_samples": 3, "num_edit_samples": 2, "num_target_samples": 5, "hidden_layers": 3}
+    | {"selection": "expectile", "expectile": 0.0, "num_action_samples": 1},
     {"offline_steps": 0, "pretrain_steps": 0, "learning_starts": 0, "heldout_share": 0.0, "lr_decay_steps": 1},
     {"total_timesteps": 0, "learning_starts": 0, "eval_episodes": 1},
 ]

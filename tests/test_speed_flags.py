@@ -125,12 +125,13 @@ def test_what_the_compiler_raises_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_compiled_and_eager_agree(each):
+@pytest.mark.parametrize("num_critics", [2, 3])
+def test_compiled_and_eager_agree(num_critics, each):
     """Same seed, same batches: after five updates all parameters and actions agree to float32 rounding."""
     agents, actions = [], []
     for compiled in (False, True):
         torch.manual_seed(0)
-        agent = each.Agent(3, 2, make_args(each, num_critics=3))
+        agent = each.Agent(3, 2, make_args(each, num_critics=num_critics))
         if compiled:
             compile_as_main_does(each, agent)
         optimizers = each.Optimizers(agent, agent.args)

@@ -358,7 +358,7 @@ class Agent(nn.Module):
     def td_target(self, batch: Batch, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """target_q (B,), the filter's target (B,), and which of the candidates (B, C, A) at next_obs is taken (B,)."""
         args = self.args
-        heads = torch.randperm(args.num_critics, device=candidates.device)[:2]
+        heads = torch.rand(args.num_critics, device=candidates.device).argsort()[:2]
         next_obs = batch.next_obs.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
         qs = self.target_critic(next_obs, candidates, heads)  # (2, B, C)
         choice = qs[0].argmax(-1)
