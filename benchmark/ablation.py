@@ -175,9 +175,8 @@ def run_changed(*changes: Callable[[Any], None]) -> None:
     parser.add_argument("--change", choices=names, required=len(changes) > 1, default=changes[0].__name__)
     parser.add_argument("--script", required=True)
     options, flags = parser.parse_known_args()
-    script = importlib.import_module(options.script)
-    names[options.change](script)
-    one_line_errors(lambda: script.main(parse_args(script.Args, script.__doc__, flags)))
+    change, script = names[options.change], importlib.import_module(options.script)
+    one_line_errors(lambda: change(script) or script.main(parse_args(script.Args, script.__doc__, flags)))
 
 
 if __name__ == "__main__":

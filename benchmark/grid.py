@@ -18,9 +18,7 @@ from utils import InputError
 from utils.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYS: dict[str, type] = dict(
-    tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict, words=dict
-)
+KEYS: dict[str, Any] = dict(tasks=list, seeds=list, flags=str, methods=dict, variants=dict, task_flags=dict, words=dict)
 GIVEN = {"--task", "--seed", "--run-dir", "--resume"}  # flags that the grid itself gives to every run
 # Flags that change nothing of what is compared, and flags that a longer or finer continuation of a run may change.
 NEUTRAL = {"--run-dir", "--resume", "--threads", "--device", "--compile", "--track", "--save-model", "--capture-video"}
@@ -42,9 +40,10 @@ class Run:
 
     def made(self, record: dict[str, Any], ignored: set[str]) -> bool:
         """Whether an args.json is of a run of this command, but for the `ignored` flags."""
-        words = itertools.chain(*(start["command"] for start in record.get("starts", [])))
+        words = [word for start in record.get("starts", []) for word in start["command"]]
         flags, wanted = flag_values(words), flag_values(self.command)
-        return all(flags.get(key) == wanted.get(key) for key in (flags | wanted).keys() - ignored)
+        keys = (flags | wanted).keys() - ignored
+        return words[:1] == [self.command[0]] and all(flags.get(key) == wanted.get(key) for key in keys)
 
 
 def flag_values(words: Iterable[str]) -> dict[str, list[str]]:
@@ -67,13 +66,12 @@ def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[
         for key, value in grid.items():
             if not isinstance(value, KEYS.get(key, ())):
                 raise ValueError(f"{key!r} is unknown, or of a wrong type (known: {', '.join(KEYS)})")
-        seeds, methods, tasks = grid["seeds"], grid["methods"], grid.get("tasks", [""])
+        seeds, tasks, methods = grid["seeds"], grid.get("tasks", [""]), grid["methods"].items()
+        variants = grid.get("variants", {"": ""}).items()
         if unknown := (set(tasks) | set(grid.get("task_flags", {}))) - {"", *TASKS}:
             raise ValueError(f"unknown task {unknown.pop()!r} (known: {', '.join(TASKS)})")
         found = []  # seed by seed, so that a grid that was stopped early is still a fair comparison
-        for seed, task, (method, text), (variant, more) in itertools.product(
-            seeds, tasks, methods.items(), grid.get("variants", {"": ""}).items()
-        ):
+        for seed, task, (method, text), (variant, more) in itertools.product(seeds, tasks, methods, variants):
             script, *own = shlex.split(text.format(**grid.get("words", {})))
             if not (ROOT / script).is_file():
                 raise ValueError(f"method {method!r}: there is no script {script!r} in {ROOT}")
@@ -126,7 +124,7 @@ class Work:
         log.parent.mkdir(parents=True, exist_ok=True)
         goes_on = (run_dir / "args.json").exists()
         if goes_on and not self.run.made(read_record(run_dir), NEUTRAL | LONGER):
-            return f"{run_dir} was made with other flags than the grid has now; delete it to start it anew"
+            return f"{run_dir} was made by another command than the grid has now; delete it to start it anew"
         flag = ["--resume" if goes_on else "--run-dir", os.path.relpath(run_dir, ROOT)]  # seen from where it is started
         words = [sys.executable, *self.run.command, *flag]
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})

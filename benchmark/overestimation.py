@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
 from benchmark.ablation import run_changed
+from utils import InputError
 from utils.envs import make_env
 
 
@@ -69,6 +70,8 @@ def value_rows(agent: Any, episodes: list[Any], args: Any) -> dict[str, float]:
 
 def overestimation(script: Any) -> None:
     """Makes the script's `evaluate` measure, too, in environments of its own."""
+    if hasattr(script.Args, "chunk_length"):
+        raise InputError(f"{script.__name__}: its critics judge chunks, and here they would get single actions")
     evaluate, recorders = script.evaluate, []
 
     def measured(policies: dict[str, Any], envs: list[gym.Env], args: Any, device: torch.device) -> dict[str, float]:
@@ -79,7 +82,8 @@ def overestimation(script: Any) -> None:
             recorder.episodes = []
         evaluate({"eval/": policies["eval/"]}, recorders, args, device)
         episodes = [episode for recorder in recorders for episode in recorder.episodes]
-        return evaluate(policies, envs, args, device) | value_rows(policies["eval/"].__self__, episodes, args)
+        act: Any = getattr(policies["eval/"], "_torchdynamo_orig_callable", policies["eval/"])  # with --compile
+        return evaluate(policies, envs, args, device) | value_rows(act.__self__, episodes, args)
 
     script.evaluate = measured
 

@@ -64,22 +64,22 @@ def read_results(folders: tuple[Path, ...]) -> Results:
     found: Results = {}
     commits: Counter[str] = Counter()
     for folder in folders:
-        paths = sorted(folder.glob("*/*/seed*/metrics.csv")) or sorted(folder.glob("metrics.csv"))
+        paths = sorted(folder.glob("*/*/seed*[0-9]/metrics.csv")) or sorted(folder.glob("metrics.csv"))
         if not paths:
             raise InputError(f"{folder} holds no metrics.csv, and no <task>/<method>/seed<n>/metrics.csv")
         for path in paths:
             record = read_record(path.parent)
             start = (record.get("starts") or [{"command": [""], "commit": "unknown"}])[0]
-            task, method, seed = path.parts[-4], path.parts[-3], path.parts[-2].removeprefix("seed")
+            task, method, seed = path.absolute().parts[-4:-1]
             if path.parent == folder:  # a single run: its script and its flags are its name
                 args, flags = record.get("args", {}), flag_values(start["command"][1:])
                 task, seed = args.get("task") or args.get("env_id", "unknown"), args.get("seed", 0)
                 own = [f"{flag} {' '.join(flags[flag])}" for flag in flags if flag not in GIVEN | NEUTRAL]
                 method = " ".join([record.get("script", folder.name), *own])
             seeds = found.setdefault(task, {}).setdefault(method, {})
-            if int(seed) in seeds:
+            if (seed := int(str(seed).removeprefix("seed"))) in seeds:
                 raise InputError(f"{path.parent}: {task}, {method}, seed {seed} is there twice; leave one of them out")
-            seeds[int(seed)] = read_metrics(path)
+            seeds[seed] = read_metrics(path)
             commits[start["commit"]] += 1
     print("commits: " + ", ".join(f"{commit} ({runs} runs)" for commit, runs in commits.items()))
     return found

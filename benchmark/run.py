@@ -103,7 +103,7 @@ def main(
         return
     for run in runs:
         if run not in missing and not run.made(read_record(run.result_dir), NEUTRAL):
-            print(f"warning: {run.name} was made with other flags; to repeat it, delete {run.result_dir} and its run")
+            print(f"warning: {run.name} was made by another command; to repeat it, delete {run.result_dir} and its run")
         elif run in missing and run.beside(".failed").exists():
             print(f"failed before, and repeated now: {run.name}: {run.beside('.failed').read_text()}")
     print(f"{grid.stem}: {len(runs)} runs, {len(runs) - len(missing)} of them are done", flush=True)

@@ -106,11 +106,10 @@ def print_table(rows: list[str], seconds: dict[str, list[float]], gflop: dict[st
     """Medians of every row, and its ratio to the first row: of the medians, and from the least to the largest pair."""
     print("| row | GFLOP | update, ms | of the first | pairs | action, ms |\n|---|---|---|---|---|---|")
     for row in rows:
-        update, first = seconds[f"update {row}"], seconds[f"update {rows[0]}"]
+        update, action, first = (seconds[name] for name in (f"update {row}", f"action {row}", f"update {rows[0]}"))
         ratios = [a / b for a, b in zip(update, first, strict=True)]
-        text = f"{median(update) / median(first):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
-        text = f"{gflop[row]} | {1e3 * median(update):,.1f} | {text}"
-        print(f"| {row} | {text} | {1e3 * median(seconds[f'action {row}']):.2f} |")
+        ratio = f"{median(update) / median(first):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"| {row} | {gflop[row]} | {1e3 * median(update):,.1f} | {ratio} | {1e3 * median(action):.2f} |")
 
 
 def main() -> None:

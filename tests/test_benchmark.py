@@ -110,7 +110,11 @@ def test_a_grid_is_run_then_skipped_then_only_what_is_missing_is_run(tmp_path, c
     assert run_grid(path) == 0
     assert "3 of them are done" in (out := capsys.readouterr().out) and "warning" not in out and "seed1" not in out
     assert run_grid(fake_grid(tmp_path, "--sleep 0.2")) == 0
-    assert "seed1 was made with other flags" in capsys.readouterr().out
+    assert "seed1 was made by another command" in capsys.readouterr().out
+    shutil.copy(tmp_path / "fake.py", tmp_path / "other.py")
+    (tmp_path / "g.toml").write_text(fake_grid(tmp_path, "--sleep 0.1").read_text().replace("fake.py", "other.py"))
+    assert run_grid(path) == 0
+    assert "seed1 was made by another command" in capsys.readouterr().out  # or by another script
 
 
 def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continue_it(tmp_path, capsys):
@@ -120,7 +124,9 @@ def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continu
     assert not folder_of(path, "results", seed=1).exists() and folder_of(path, "results", seed=2).exists()
     assert run_grid(fake_grid(tmp_path, "--fail 3")) == 1
     out = capsys.readouterr().out
-    assert "failed before, and repeated now: My_Env-v0/a/seed1" in out and "made with other flags than the grid" in out
+    assert (
+        "failed before, and repeated now: My_Env-v0/a/seed1" in out and "made by another command than the grid" in out
+    )
     shutil.rmtree(folder_of(path, "runs"))
     assert run_grid(path) == 0 and not folder_of(path, "runs").with_name("seed1.failed").exists()
     shutil.rmtree(folder_of(path, "results"))
@@ -156,10 +162,11 @@ def write_results(folder: Path, method: str, seeds: dict[int, list[float]], key:
         (place / "args.json").write_text(json.dumps(record))
 
 
-def test_tables_by_hand_and_a_figure(tmp_path, capsys):
+def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     write_results(tmp_path, "expo_flow", {s: [0.0, 0.5, 0.8, 0.9, 1.0, 1.0] for s in (1, 2, 10)})
     write_results(tmp_path, "rlpd", {1: [0.0] * 5 + [1.0], 2: [0.0] * 6})
     write_results(tmp_path, "base_alone", {1: [0.3], 2: [0.3], 10: [0.3]})
+    shutil.copytree(tmp_path / "maze/rlpd/seed1", tmp_path / "maze/rlpd/seed3.part")  # of a copy that was interrupted
     plot.main((tmp_path,), tmp_path / "out.png", per_seed=True, metrics=("losses/critic",), less="rlpd", marks=(100,))
     out = capsys.readouterr().out
     assert "commits: c (8 runs)" in out and "warning: maze: not all methods have the same seeds" in out
@@ -185,7 +192,8 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys):
     # Single runs are named by their flags. Returns stand in for success.
     write_results(tmp_path, "x", {1: [1.0, 3.0], 2: [1.0, 3.0]}, "eval/return")
     folders = tuple(sorted(tmp_path.glob("maze/x/*")))
-    plot.main(folders, tmp_path / "out.pdf")
+    monkeypatch.chdir(folders[0])
+    plot.main((Path(), folders[1]), tmp_path / "out.pdf")
     assert "| s --utd-ratio 2 | 2 | 2.00 (2.00 to 2.00) | 2.00 | 1.00 |" in capsys.readouterr().out
     (folders[0] / "metrics.csv").write_text("step,seconds,key,value\n1,2,eval/return,x\n")
     with pytest.raises(InputError, match=r"metrics.csv, line 2 is not step,seconds,key,value"):

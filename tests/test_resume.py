@@ -199,9 +199,11 @@ def test_another_run_is_refused(copied, monkeypatch):
     monkeypatch.setattr(expo_diffusion, "load_dataset", lambda *args: [2 * rows for rows in load_dataset(*args)])
     assert "data" in refused(copied)
     with subprocess.Popen([sys.executable, "-c", "input()", "my_own.py"], stdin=subprocess.PIPE) as living:
-        for command, sees in (["my_own.py"], True), (["another_program.py"], False):  # then its number was given away
-            record["starts"][-1]["command"] = command
+        for program, sees in ("my_own.py", True), ("another_program.py", False):  # then its number was given away
+            record["starts"][-1]["command"] = [program]
             (copied / "args.json").write_text(json.dumps(record | {"pid": living.pid}))
+            assert f"started by {program}: go on with that one" in refused(copied)  # and not by this one
+            monkeypatch.setattr(sys, "argv", [program])
             assert (f"process {living.pid} is still writing" in refused(copied)) == sees
         living.kill()
 

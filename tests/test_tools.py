@@ -222,7 +222,7 @@ def test_evaluate(tool, tmp_path, script, file):
     settings = dict(task="pointmaze-umaze", env_id="PointMaze_UMaze-v3", max_episode_steps=4, action_repeat=10)
     args = make_args(script, denoising_steps=2, **settings)
     agent = script.Agent(8, 2, args).eval()
-    record = {"script": script.__name__.rpartition(".")[2], "args": vars(args)}
+    record = {"script": script.__name__.rpartition(".")[2], "args": vars(args), "starts": [{"command": ["a.py"]}]}
     (tmp_path / "args.json").write_text(json.dumps(record))
     torch.save({"agent": agent.state_dict(), "step": 3}, tmp_path / file)
     out = tool(evaluate, tmp_path, "--episodes", 3, "--seed", 7)
@@ -240,6 +240,10 @@ def test_evaluate(tool, tmp_path, script, file):
     for changed, words in (
         (record | {"args": vars(args) | {"hidden_dim": 17}}, f"{file} is damaged, or does not fit its args.json"),
         (record | {"script": "expo_magic"}, "is a run of 'expo_magic'"),
+        (
+            record | {"starts": [{"command": ["ablation.py", "--change", "x"]}]},
+            "with a change of benchmark/ablation.py",
+        ),
         ({"script": 3}, "args.json is damaged"),
     ):
         (tmp_path / "args.json").write_text(json.dumps(changed))

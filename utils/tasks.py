@@ -147,8 +147,10 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
             process = Path(f"/proc/{record['pid']}/cmdline")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"--resume {run_dir}: no run there; its args.json is missing or damaged") from None
-        if script != here:
-            raise InputError(f"--resume {run_dir} is a run of {script}.py, not of {here}.py")
+        if (script, program) != (here, Path(sys.argv[0]).stem):
+            raise InputError(
+                f"--resume {run_dir} is a run of {script}.py, started by {program}.py: go on with that one"
+            )
         if same_machine and record["pid"] != os.getpid() and process.exists() and program in process.read_text():
             raise InputError(f"--resume {run_dir}: process {record['pid']} is still writing it; stop that one first")
         flags.update({key: saved[key] for key in flags if key in saved}, resume=run_dir, run_dir=run_dir)
