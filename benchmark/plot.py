@@ -1,7 +1,7 @@
 """Tables and learning curves, from the results of grids or from the folders of single runs.
 
     python benchmark/plot.py benchmark/results/mazes --metrics edit/alpha --out mazes.png
-    python benchmark/plot.py runs/* --per-seed
+    python benchmark/plot.py runs/pointmaze* --per-seed
 
 Curves are interquartile means over seeds with 95 % bootstrap intervals, over environment steps and over seconds. They
 show success where the environment reports it, else the return. docs/benchmark.md defines every column of the tables.
