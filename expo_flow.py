@@ -52,10 +52,10 @@ from utils.tasks import parse_args
 @dataclass
 class Args:
     # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""` or --env-id runs with the values below. A flag that you give always wins.
+    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, replaces --task
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset; no --task but laptop
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
     obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
@@ -111,7 +111,7 @@ class Args:
     lr_decay_steps: int = 3_000_000  # updates until the decayed learning rates reach 0
     base_hidden_dim: int = 256  # width of the base policy
     base_blocks: int = 3  # residual blocks of the base policy
-    base_expansion: int = 4  # inner width of a residual block, in base_hidden_dim
+    base_expansion: int = 4  # inner width of a residual block, as a multiple of base_hidden_dim
     denoising_steps: int = 10  # K, steps from noise to action
 
 
@@ -145,9 +145,9 @@ class ReplayBuffer:
     def draw(self, offline_ratio: float, slices: int, rows: int) -> Batch:
         """A batch (U, B, ...), drawn uniformly; every slice has the same share of offline rows [paper Sec. 5]."""
         num, device = self.num_offline, self.fields.obs.device
-        num_offline = round(offline_ratio * rows) if self.size > num else rows
-        offline = torch.randint(num, (slices, num_offline), device=device)
-        online = torch.randint(num, max(self.size, num + 1), (slices, rows - num_offline), device=device)
+        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice: all, at first
+        offline = torch.randint(num, (slices, count), device=device)
+        online = torch.randint(num, max(self.size, num + 1), (slices, rows - count), device=device)
         index = torch.cat([offline, online], dim=1)  # (U, B)
         return Batch(*(field[index] for field in self.fields))
 
@@ -258,7 +258,7 @@ class EditPolicy(nn.Module):
 
 
 class Critic(nn.Module):
-    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear head."""
+    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear output."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -299,7 +299,7 @@ class Agent(nn.Module):
         self.args = args
         self.num_target_samples = args.num_target_samples or args.num_base_samples
         self.base_policy = BasePolicy(obs_dim, action_dim, args)
-        self.target_base_policy = copy.deepcopy(self.base_policy)  # moving average: acts
+        self.target_base_policy = copy.deepcopy(self.base_policy)  # moving average: acts; the TD target does not use it
         self.edit_policy = EditPolicy(obs_dim, action_dim, args)
         self.critic = Critic(obs_dim, action_dim, args)
         self.target_critic = copy.deepcopy(self.critic)  # ranks candidates and makes the TD target
@@ -318,7 +318,7 @@ class Agent(nn.Module):
     def with_edits(self, obs: Tensor, base_actions: Tensor) -> Tensor:
         """Candidates (..., C, A) at observations (..., O): the base actions (..., N, A), then M / N edits of each."""
         n = base_actions.shape[-2]
-        m = self.args.num_edit_samples * n // self.args.num_base_samples
+        m = self.args.num_edit_samples * n // self.args.num_base_samples  # M, or less for the TD target [ours 6]
         if m == 0:
             return base_actions
         to_edit = base_actions[..., torch.arange(m, device=obs.device) % n, :]  # (..., M, A), every base action in turn
@@ -348,7 +348,7 @@ class Agent(nn.Module):
             choice, bonus = q.argmax(-1), 0.0
         else:  # [ICLR version, Sec. 4.3]
             log_probs = F.log_softmax(args.backup_kappa * q, dim=-1)
-            choice = torch.multinomial(log_probs.exp().nan_to_num(1), 1).squeeze(-1)  # NaN: the log ends the run
+            choice = torch.multinomial(log_probs.exp().nan_to_num(1), 1).squeeze(-1)  # NaN raises; the log reports it
             bonus = -args.backup_alpha * log_probs.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
         next_actions = torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)  # (B, A)
         next_q = self.target_critic.random_min(batch.next_obs, next_actions, args.num_min_critics)  # a fresh subset
@@ -359,7 +359,7 @@ class Agent(nn.Module):
         target_q, choice = self.td_target(batch, candidates)
         qs = self.critic(batch.obs, batch.actions)  # (E, B)
         loss = (qs - target_q).square().mean()
-        selected = (choice >= self.num_target_samples).float().mean()
+        selected = (choice >= self.num_target_samples).float().mean()  # edited candidates stand behind the base ones
         return loss, {"losses/critic": loss, "critic/q_mean": qs.mean(), "edit/selected_share": selected}
 
     def edit_policy_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -466,11 +466,11 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                         obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
                         returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
                         mentioned |= "success" in info
-                        solved[i] += bool(info.get("success"))  # of its steps
+                        solved[i] += bool(info.get("success"))  # counts its solved steps
                         if terminated or truncated:
                             del running[i]
         metrics |= {f"{kind}return": returns.mean(), f"{kind}length": lengths.mean()}
-        if mentioned:  # by one episode: then silence means failure
+        if mentioned:  # some episode reported success, so one without a report has failed
             metrics |= {f"{kind}success_rate": (solved > 0).mean(), f"{kind}solved_share": (solved / lengths).mean()}
     return metrics
 
@@ -539,7 +539,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So it is called between two episodes only."""
+    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}

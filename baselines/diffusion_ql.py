@@ -53,10 +53,10 @@ from utils.tasks import parse_args
 @dataclass
 class Args:
     # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""` or --env-id runs with the values below. A flag that you give always wins.
+    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, replaces --task
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset; no --task but laptop
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
     obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
@@ -102,7 +102,7 @@ class Args:
     grad_norm: float = 5.0  # gradients of critics and of the actor are cut to this norm; published: 1-10 by task
     base_hidden_dim: int = 256  # width of the actor
     base_blocks: int = 3  # residual blocks of the actor
-    base_expansion: int = 4  # inner width of a residual block, in base_hidden_dim
+    base_expansion: int = 4  # inner width of a residual block, as a multiple of base_hidden_dim
     denoising_steps: int = 10  # K, steps from noise to action; published: 5
 
 
@@ -136,9 +136,9 @@ class ReplayBuffer:
     def draw(self, offline_ratio: float, slices: int, rows: int) -> Batch:
         """A batch (U, B, ...), drawn uniformly; every slice has the same share of offline rows [paper Sec. 5]."""
         num, device = self.num_offline, self.fields.obs.device
-        num_offline = round(offline_ratio * rows) if self.size > num else rows
-        offline = torch.randint(num, (slices, num_offline), device=device)
-        online = torch.randint(num, max(self.size, num + 1), (slices, rows - num_offline), device=device)
+        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice: all, at first
+        offline = torch.randint(num, (slices, count), device=device)
+        online = torch.randint(num, max(self.size, num + 1), (slices, rows - count), device=device)
         index = torch.cat([offline, online], dim=1)  # (U, B)
         return Batch(*(field[index] for field in self.fields))
 
@@ -202,7 +202,7 @@ class BasePolicy(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.action_dim = action_dim
-        k = torch.arange(1, args.denoising_steps + 1, dtype=torch.float64)
+        k = torch.arange(1, args.denoising_steps + 1, dtype=torch.float64)  # 1 to K; loss and sample count from 0
         # Variance-preserving schedule with b_min 0.1 and b_max 10 [code].
         betas = 1 - torch.exp(-0.1 / len(k) - 0.5 * (10 - 0.1) * (2 * k - 1) / len(k) ** 2)  # (K,)
         alpha_bars = torch.cumprod(1 - betas, dim=0)  # (K,)
@@ -227,7 +227,7 @@ class BasePolicy(nn.Module):
         time_codes = self.network.time_code(self.times)  # (K, W)
         for k in reversed(range(len(self.betas))):
             x = x - self.noise_weights[k] * self.network(x, obs, time_codes[k])
-            x = x / math.sqrt(1 - self.betas[k])
+            x = x / math.sqrt(1 - self.betas[k])  # DDPM's mean, in two lines
             if k > 0:
                 x = x + math.sqrt(self.betas[k]) * torch.randn_like(x)
             x = x.clamp(-1, 1)  # x itself, at every step [code]; not the usual clip of the predicted action
@@ -243,7 +243,7 @@ class DiffusionActor(BasePolicy):
         time_codes = self.network.time_code(self.times)  # (K, W)
         for k in reversed(range(len(self.betas))):
             x = x - self.noise_weights[k] * self.network(x, obs, time_codes[k])
-            x = x / math.sqrt(1 - self.betas[k])
+            x = x / math.sqrt(1 - self.betas[k])  # DDPM's mean, in two lines
             if k > 0:
                 x = x + math.sqrt(self.betas[k]) * torch.randn_like(x)
             x = x.clamp(-1, 1)  # stops the gradient of what lies outside
@@ -251,7 +251,7 @@ class DiffusionActor(BasePolicy):
 
 
 class Critic(nn.Module):
-    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear head."""
+    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear output."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -301,7 +301,7 @@ class Agent(nn.Module):
         obs = obs.unsqueeze(-2).expand(*obs.shape[:-1], self.args.num_action_samples, -1)
         candidates = self.actor.sample(obs)  # (..., N, A)
         q = self.target_critic.random_min(obs, candidates, self.args.num_min_critics)  # (..., N)
-        weights = F.softmax(self.args.kappa * q, dim=-1).nan_to_num(1)  # NaN: the log ends the run
+        weights = F.softmax(self.args.kappa * q, dim=-1).nan_to_num(1)  # NaN raises; the log reports it
         choice = torch.multinomial(weights.view(-1, weights.shape[-1]), 1).view(weights.shape[:-1])
         return torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)
 
@@ -401,11 +401,11 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                         obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
                         returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
                         mentioned |= "success" in info
-                        solved[i] += bool(info.get("success"))  # of its steps
+                        solved[i] += bool(info.get("success"))  # counts its solved steps
                         if terminated or truncated:
                             del running[i]
         metrics |= {f"{kind}return": returns.mean(), f"{kind}length": lengths.mean()}
-        if mentioned:  # by one episode: then silence means failure
+        if mentioned:  # some episode reported success, so one without a report has failed
             metrics |= {f"{kind}success_rate": (solved > 0).mean(), f"{kind}solved_share": (solved / lengths).mean()}
     return metrics
 
@@ -474,7 +474,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So it is called between two episodes only."""
+    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}

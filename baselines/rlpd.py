@@ -52,10 +52,10 @@ from utils.tasks import parse_args
 @dataclass
 class Args:
     # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""` or --env-id runs with the values below. A flag that you give always wins.
+    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, replaces --task
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset; no --task but laptop
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
     obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
@@ -128,9 +128,9 @@ class ReplayBuffer:
     def draw(self, offline_ratio: float, slices: int, rows: int) -> Batch:
         """A batch (U, B, ...), drawn uniformly; every slice has the same share of offline rows [paper Sec. 5]."""
         num, device = self.num_offline, self.fields.obs.device
-        num_offline = round(offline_ratio * rows) if self.size > num else rows
-        offline = torch.randint(num, (slices, num_offline), device=device)
-        online = torch.randint(num, max(self.size, num + 1), (slices, rows - num_offline), device=device)
+        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice: all, at first
+        offline = torch.randint(num, (slices, count), device=device)
+        online = torch.randint(num, max(self.size, num + 1), (slices, rows - count), device=device)
         index = torch.cat([offline, online], dim=1)  # (U, B)
         return Batch(*(field[index] for field in self.fields))
 
@@ -172,7 +172,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear head."""
+    """E Q-functions side by side as batched products: each an MLP of Linear, LayerNorm, ReLU, and a linear output."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -316,11 +316,11 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                         obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
                         returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
                         mentioned |= "success" in info
-                        solved[i] += bool(info.get("success"))  # of its steps
+                        solved[i] += bool(info.get("success"))  # counts its solved steps
                         if terminated or truncated:
                             del running[i]
         metrics |= {f"{kind}return": returns.mean(), f"{kind}length": lengths.mean()}
-        if mentioned:  # by one episode: then silence means failure
+        if mentioned:  # some episode reported success, so one without a report has failed
             metrics |= {f"{kind}success_rate": (solved > 0).mean(), f"{kind}solved_share": (solved / lengths).mean()}
     return metrics
 
@@ -389,7 +389,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So it is called between two episodes only."""
+    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}

@@ -202,7 +202,7 @@ def test_another_run_is_refused(copied, monkeypatch):
         for program, sees in ("my_own.py", True), ("another_program.py", False):  # then its number was given away
             record["starts"][-1]["command"] = [program]
             (copied / "args.json").write_text(json.dumps(record | {"pid": living.pid}))
-            assert f"started by {program}: go on with that one" in refused(copied)  # and not by this one
+            assert f"that {program} started; resume with that" in refused(copied)  # and not by this one
             monkeypatch.setattr(sys, "argv", [program])
             assert (f"process {living.pid} is still writing" in refused(copied)) == sees
         living.kill()

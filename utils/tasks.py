@@ -87,7 +87,7 @@ for name, env_name, eta, lam, about in (  # eta: weight of Diffusion-QL's Q term
     TASKS[f"antmaze-{name}"] = Task(f"expo/AntMaze{env_name}-v2", data, about, settings, finetune, source="published")
 
 ADROIT = dict(learning_starts=0, reward_shift=-1.0, edit_scale=0.7, edit_dropout=0.1, total_timesteps=300_000)
-ADROIT |= dict(pretrain_steps=20_000, eta=0.1)  # the first is ours: only online runs are published
+ADROIT |= dict(pretrain_steps=20_000, eta=0.1)  # eta: that of pen-cloned
 FINETUNE = dict(edit_scale=0.05, offline_steps=2_000)  # [ours 7] edits of .7 lose the prior: docs/log.md
 for name, about in (
     ("pen", "a hand turns a pen to a given direction"),
@@ -148,9 +148,7 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"--resume {run_dir}: no run there; its args.json is missing or damaged") from None
         if (script, program) != (here, Path(sys.argv[0]).stem):
-            raise InputError(
-                f"--resume {run_dir} is a run of {script}.py, started by {program}.py: go on with that one"
-            )
+            raise InputError(f"--resume {run_dir} is a run of {script}.py that {program}.py started; resume with that")
         if same_machine and record["pid"] != os.getpid() and process.exists() and program in process.read_text():
             raise InputError(f"--resume {run_dir}: process {record['pid']} is still writing it; stop that one first")
         flags.update({key: saved[key] for key in flags if key in saved}, resume=run_dir, run_dir=run_dir)
