@@ -30,7 +30,7 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
     lines, repeat = [], env.get_wrapper_attr("repeat")
     if there.get("id", env.spec.id) != env.spec.id:
         lines.append(f"recorded in {there['id']}, the task is {env.spec.id}")
-    said, here = there.get("kwargs") or {}, env.spec.kwargs
+    said, here = there.get("kwargs") or {}, json.loads(json.dumps(env.spec.kwargs, default=str))
     lines += [f"recorded with another {key} than the task's" for key in said if here.get(key, said[key]) != said[key]]
     if there and repeat > 1:
         lines.append(f"a row is one step of {there.get('id')}, but an action of the task lasts {repeat} steps")
