@@ -72,7 +72,8 @@ def overestimation(script: Any) -> None:
     """Makes the script's `evaluate` measure, too, in environments of its own."""
     if hasattr(script.Args, "chunk_length"):
         raise InputError(f"{script.__name__}: its critics judge chunks, and here they would get single actions")
-    evaluate, recorders = script.evaluate, []
+    evaluate, create, recorders, agents = script.evaluate, script.Agent, [], []
+    script.Agent = lambda *args: agents.append(create(*args)) or agents[-1]
 
     def measured(policies: dict[str, Any], envs: list[gym.Env], args: Any, device: torch.device) -> dict[str, float]:
         limit = args.max_episode_steps or (envs[0].spec and envs[0].spec.max_episode_steps) or 1_000
@@ -82,8 +83,7 @@ def overestimation(script: Any) -> None:
             recorder.episodes = []
         evaluate({"eval/": policies["eval/"]}, recorders, args, device)
         episodes = [episode for recorder in recorders for episode in recorder.episodes]
-        act: Any = getattr(policies["eval/"], "_torchdynamo_orig_callable", policies["eval/"])  # with --compile
-        return evaluate(policies, envs, args, device) | value_rows(act.__self__, episodes, args)
+        return evaluate(policies, envs, args, device) | value_rows(agents[-1], episodes, args)
 
     script.evaluate = measured
 

@@ -146,7 +146,8 @@ def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
     assert rows == {"value/q": 7, "value/return": (1 + 4) / 2, "value/overestimation": 4.5}
     # Measuring changes nothing of the training.
     rows = []
-    monkeypatch.setattr(script, "evaluate", script.evaluate)  # puts it back at the end
+    for name in ("evaluate", "Agent"):
+        monkeypatch.setattr(script, name, getattr(script, name))  # puts it back at the end
     for change in (lambda script: None, overestimation.overestimation):
         change(script)
         folder = tmp_path / str(len(rows))
@@ -154,3 +155,5 @@ def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
         rows.append([line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()])
     kept = [[(step, key, value) for step, _, key, value in run if not key.startswith("value/")] for run in rows]
     assert kept[0] == kept[1] and len(rows[1]) == len(kept[1]) + 3 * 3
+    with pytest.raises(InputError, match="its critics judge chunks"):
+        overestimation.overestimation(importlib.import_module("variants.expo_chunks"))
