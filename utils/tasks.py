@@ -214,7 +214,7 @@ def check_flags(flags: dict[str, Any]) -> None:
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
         (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
         (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
-        (idle, "--total-timesteps must exceed --learning-starts, the random steps before the first update"),
+        (idle, "--total-timesteps must exceed --learning-starts, the random steps before online updates"),
         (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
         (given("compile") and not compiler, "--compile needs a C++ compiler and Python.h: apt install g++ python3-dev"),
         (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
