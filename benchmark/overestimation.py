@@ -60,10 +60,9 @@ def value_rows(agent: Any, episodes: list[Any], args: Any) -> dict[str, float]:
     for episode in episodes:
         obs, actions, rewards, ends = (np.array(column, np.float32) for column in zip(*episode, strict=True))
         found = discounted_returns(args.reward_scale * rewards + args.reward_shift, args.gamma, bool(ends[-1]))
-        if len(found):
-            pairs = (torch.as_tensor(part[: len(found)], device=device) for part in (obs, actions))
-            q += agent.critic(*pairs).mean(0).tolist()
-            returns += found.tolist()
+        pairs = (torch.as_tensor(part[: len(found)], device=device) for part in (obs, actions))
+        q += agent.critic(*pairs).mean(0).tolist()
+        returns += found.tolist()
     means = {"value/q": float(np.mean(q)), "value/return": float(np.mean(returns))} if q else {}
     return means | ({"value/overestimation": means["value/q"] - means["value/return"]} if q else {})
 

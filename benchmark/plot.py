@@ -158,11 +158,13 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
     return markdown([*head, *(f"{metric}, last" for metric in metrics)], rows)
 
 
-def differences(shown: dict[str, dict[int, Curve]], less: str) -> str:
-    """How far every method is above the method `less`, seed by seed."""
+def differences(shown: dict[str, dict[int, Curve]], less: str, base: dict[str, dict[int, Curve]]) -> str:
+    """How far every method is above the method `less`, seed by seed. own_base: above its base policy at step 0."""
     measures = {"first": lambda c: c.values[0], "lowest": lambda c: c.values.min(), "area": area, "final": final}
-    rows, others = [], shown[less]
+    rows = []
     for method, by_seed in shown.items():
+        starts = {seed: Curve(*(column[:1] for column in curve)) for seed, curve in base[method].items()}
+        others = starts if less == "own_base" else shown[less]
         if method != less and (seeds := by_seed.keys() & others.keys()):
             found = [np.array([f(by_seed[s]) - f(others[s]) for s in sorted(seeds)]) for f in measures.values()]
             rows.append([method, str(len(seeds)), *(interval(values, "+") for values in found)])
@@ -236,7 +238,7 @@ def main(
         per_seed: also print every evaluation of every seed.
         metrics: other keys of metrics.csv to show, for example edit/alpha.
         methods: show only these methods.
-        less: also print how far all methods are above this one, seed by seed.
+        less: also print how far all methods are above this one, seed by seed; own_base: above their own base policies.
         marks: vertical lines in the figure, at these environment steps.
     """
     found, shown, keys = read_results(results), {}, {}
@@ -245,18 +247,18 @@ def main(
         names.sort(key=lambda name: (KNOWN.index(name) if name in KNOWN else len(KNOWN), name))
         success = any("eval/success_rate" in keys for name in names for keys in by_method[name].values())
         keys[task] = key = "eval/success_rate" if success else "eval/return"
+        base = {name: curves(by_method[name], key.replace("/", "/base_"), 0) for name in names}
         # Of a run without critics the base policy counts, not the choice of untrained critics.
-        base_key = key.replace("/", "/base_")
-        parts = {name: curves(by_method[name], base_key if name.startswith("base_alone") else key, 0) for name in names}
+        parts = {n: base[n] if n.startswith("base_alone") else curves(by_method[n], key, 0) for n in names}
         shown[task] = {name: by_seed for name, by_seed in parts.items() if by_seed}
         if not shown[task]:
             raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")
-        if less and less not in shown[task]:
+        if less and less not in (*shown[task], "own_base"):
             raise InputError(f"--less {less}: {task} shows no such method (it shows {', '.join(shown[task])})")
         solved = ("eval/solved_share",) if task.startswith("adroit") else ()  # the metric of the paper there
         print(f"\n{task}, {key}\n\n{table(shown[task], success, by_method, (*solved, *metrics))}")
         if less:
-            print(differences(shown[task], less))
+            print(differences(shown[task], less, base))
         if len({tuple(by_seed) for by_seed in parts.values()}) > 1:
             print(f"warning: {task}: not all methods have the same seeds\n")
         for name, by_seed in shown[task].items() if per_seed else ():

@@ -18,8 +18,7 @@ def queue_runs(runs: list[Run], sbatch: str, minutes: int, processes: int) -> No
         import submitit  # pyright: ignore[reportMissingImports]
 
         options["additional_parameters"] = dict(word.removeprefix("--").split("=", 1) for word in sbatch.split())
-        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-        queued = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        queued = subprocess.check_output("squeue --me --noheader --array --format=%i".split(), text=True).split()
         new = [run for run in runs if not run.beside(".job").exists() or run.beside(".job").read_text() not in queued]
         executor = submitit.SlurmExecutor(runs[0].run_dir.parent.parent.parent / "slurm", max_num_timeout=100)
         executor.update_parameters(**options)

@@ -179,6 +179,8 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     # Seed by seed: .0 and .0 at first, .84 - .2 and .84 - 0 at the end.
     assert "| less rlpd | seeds | first | lowest | area | final |" in out
     assert re.search(r"\| expo_flow \| 2 \| \+0.00 \(.*\| \+0.74 \(\+0.64 to \+0.84\) \|\n", out)
+    plot.main((tmp_path,), less="own_base")  # .1 before the first step, in every run
+    assert re.search(r"\| expo_flow \| 3 \| -0.10 \(.*\| \+0.74 \(\+0.74 to \+0.74\) \|\n", capsys.readouterr().out)
     assert "| base_alone | 3 | 0.10 (0.10" in out  # its base policy, not the choice of untrained critics
     assert "| 10 | 0.00 0.50 0.80 0.90 1.00 1.00 |" in out and (tmp_path / "out.png").stat().st_size > 10_000
     values = np.random.default_rng(1).random((5, 3))
