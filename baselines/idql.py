@@ -71,7 +71,7 @@ class Args:
     capture_video: bool = False  # write a video of the first episode of every evaluation
     track: bool = False  # mirror the log to Weights & Biases (pip install wandb)
     eval_every: int = 5_000  # environment steps between evaluations
-    eval_episodes: int = 100  # episodes of each evaluation
+    eval_episodes: int = 100  # episodes of each evaluation; 0: none, with no second environment
     log_every: int = 500  # steps between rows of training metrics
     checkpoint_every: int = 5_000  # a checkpoint is written at the first end of an episode after this many steps
     resume: str = ""  # folder of a stopped run, to continue it; its flags become the defaults
@@ -567,7 +567,7 @@ def main(args: Args) -> None:
     def finish(step: int, between_episodes: bool) -> None:
         """The end of a step: evaluates, logs, saves and stops, where it is due."""
         evaluating = step >= 0 and (step % args.eval_every == 0 or step == args.total_timesteps)
-        if evaluating:
+        if evaluating and eval_envs:
             eval_envs[0].name_prefix = f"step{step}"  # of its video  # pyright: ignore[reportAttributeAccessIssue]
             log.add(evaluate(policies, eval_envs, args, device))
         if evaluating or step % args.log_every == 0:
@@ -577,7 +577,7 @@ def main(args: Args) -> None:
             save(folder, agent, optimizers, buffer, log, step, episode)
             state["step"] = step
         if due and stop:
-            eval_envs[0].close()  # completes its last video
+            (eval_envs or [env])[0].close()  # completes its last video
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
             sys.exit(128 + stop[0])
 
@@ -603,9 +603,9 @@ def main(args: Args) -> None:
             episode += 1
             obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
         finish(step, terminated or truncated)
-    eval_envs[0].close()
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
+    (eval_envs or [env])[0].close()
     print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps}")
 
 

@@ -92,7 +92,7 @@ def test_a_cheap_command_works_as_written(command):
 def test_a_task_of_ones_own_works_as_its_page_says(tmp_path, monkeypatch):
     """The numbers of `inspect` are those of the page; the run is shorter."""
     page = "your_own_task.md"
-    _, look, train, _ = commands(page)
+    _, look, train, *_ = commands(page)
     run_page(page, ["my_task.py", "record.py"], tmp_path, monkeypatch)
     for words in (look, look.replace("npz", "hdf5")):
         assert start(words, tmp_path).split()[1:] == blocks(page, "text")[0].split()[1:]

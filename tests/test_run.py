@@ -41,7 +41,7 @@ class Walk(gym.Env):
 
     def __init__(self, tells: Callable[[float], Any] = lambda start: True):
         self.tells = tells  # whether an episode with this start mentions success
-        self.seeds, self.steps = [], []  # of all resets; of all episodes
+        self.seeds, self.steps, self.closed = [], [], False  # of all resets; of all episodes
 
     def obs(self) -> np.ndarray:
         return np.array([self.place, self.time / LIMIT], np.float32)
@@ -63,6 +63,9 @@ class Walk(gym.Env):
 
     def render(self):
         return np.full((32, 32, 3), 20 * self.time, np.uint8)
+
+    def close(self):
+        self.closed = True
 
 
 def random_rows() -> tuple[np.ndarray, ...]:
@@ -262,14 +265,16 @@ SWITCHES: list[dict[str, Any]] = [
     | {"num_target_samples": 1, "precision": "bfloat16", "matmul_precision": "medium", "gamma": 0.0, "ema_rate": 1.0},
     {"offline_ratio": 1.0, "num_base_samples": 3, "num_edit_samples": 2, "num_target_samples": 5, "hidden_layers": 3}
     | {"selection": "expectile", "expectile": 0.0, "num_action_samples": 1},
-    {"offline_steps": 0, "pretrain_steps": 0, "learning_starts": 0, "heldout_share": 0.0, "lr_decay_steps": 1},
+    {"offline_steps": 0, "pretrain_steps": 0, "learning_starts": 0, "heldout_share": 0.0, "lr_decay_steps": 1}
+    | {"eval_episodes": 0},
     {"total_timesteps": 0, "learning_starts": 0, "eval_episodes": 1},
 ]
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=range(len(SWITCHES)))
 def test_runs_with_every_switch_thrown(switches, each, walks, tmp_path):
-    walks(each, tmp_path / "run", **{"total_timesteps": 8, **switches})
+    envs, episodes = walks(each, tmp_path / "run", **{"total_timesteps": 8} | switches), switches.get("eval_episodes", 3)
+    assert len(envs) == 1 + episodes and envs[min(episodes, 1)].closed  # without evaluations a robot has no twin
     assert torch.get_float32_matmul_precision() == switches.get("matmul_precision", "highest")
     rows = read_metrics(tmp_path / "run")
     assert rows[-1][0] == read_state(tmp_path / "run")["step"] == switches.get("total_timesteps", 8)

@@ -225,12 +225,12 @@ def test_evaluate(tool, tmp_path, script, file):
     record = {"script": script.__name__.rpartition(".")[2], "args": vars(args), "starts": [{"command": ["a.py"]}]}
     (tmp_path / "args.json").write_text(json.dumps(record))
     torch.save({"agent": agent.state_dict(), "step": 3}, tmp_path / file)
-    out = tool(evaluate, tmp_path, "--episodes", 3, "--seed", 7)
+    out = tool(evaluate, tmp_path, "--episodes", 3, "--seed", 7, "--num-envs", 2)
     args.eval_episodes, args.seed, flags = 3, 7, (args.env_id, args.task, 4, 10)
-    metrics = script.evaluate({"eval/": agent}, [make_env(*flags) for _ in "123"], args, torch.device("cpu"))
+    metrics = script.evaluate({"eval/": agent}, [make_env(*flags) for _ in "12"], args, torch.device("cpu"))
     printed = {f"eval/{line.split()[0]}": float(line.split()[1]) for line in out.splitlines()[1:]}
     assert len(printed) >= 3 and printed == pytest.approx({key: metrics[key] for key in printed}, rel=1e-3)
-    assert "--episodes must be at least 1" in tool(evaluate, tmp_path, "--episodes", 0)
+    assert "--num-envs must be at least 1" in tool(evaluate, tmp_path, "--episodes", 0)
     other = tmp_path / ("checkpoint.pt" if file == "agent.pt" else "agent.pt")
     other.write_bytes(b"")
     for age, words in ((-9, "return"), (9, f"{other.name} is damaged")):  # the newer file counts

@@ -64,15 +64,17 @@ def load_agent(run_dir: Path, module: Any, args: Any, env: gym.Env, device: str)
     return agent.eval()
 
 
-def evaluate(run_dir: Path, episodes: int, seed: int, device: str, video: Path | None) -> None:
+def evaluate(run_dir: Path, episodes: int, num_envs: int, seed: int, device: str, video: Path | None) -> None:
     module, args = load_args(run_dir)
     if device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch finds no CUDA here")
     args.eval_episodes, args.seed, args.device = episodes, seed, device
     flags = (args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys)
-    envs = [make_env(*flags) for _ in range(min(episodes, 20))]
+    envs = [make_env(*flags) for _ in range(min(episodes, num_envs))]
     agent = load_agent(run_dir, module, args, envs[0], device)
     metrics = module.evaluate({"eval/": agent}, envs, args, torch.device(device))
+    for env in envs:
+        env.close()
     print(f"{run_dir}: {episodes} episodes")
     for name in ("return", "length", "success_rate", "solved_share"):
         if f"eval/{name}" in metrics:
@@ -108,13 +110,14 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="folder of a run")
     parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--num-envs", type=int, default=20, help="environments at the same time; 1 for a robot")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--video", type=Path, help="also write one episode to this mp4")
     args = parser.parse_args()
-    if args.episodes < 1 or args.seed < 0:
-        raise InputError("--episodes must be at least 1, and --seed at least 0")
-    evaluate(args.run_dir, args.episodes, args.seed, args.device, args.video)
+    if min(args.episodes, args.num_envs) < 1 or args.seed < 0:
+        raise InputError("--episodes and --num-envs must be at least 1, and --seed at least 0")
+    evaluate(args.run_dir, args.episodes, args.num_envs, args.seed, args.device, args.video)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,8 @@ for name, env_name, data, steps, finetune_scale, about in (  # :10 is the first 
     ("mimicgen-stack", "MimicGenStack", "mimicgen:stack_d0:200", 200_000, 0.05, "an arm stacks two cubes"),
     ("mimicgen-threading", "MimicGenThreading", "mimicgen:threading_d0:50", 200_000, 0.05, "an arm threads a needle"),
 ):
-    settings, kwargs = ROBOMIMIC | dict(total_timesteps=steps), dict(obs_keys=OBS_KEYS)
-    finetune = dict(edit_scale=finetune_scale)
-    TASKS[name] = Task(f"expo/{env_name}-v1", (data,), about, settings, finetune, kwargs, "published")
+    settings, finetune = ROBOMIMIC | dict(total_timesteps=steps), dict(edit_scale=finetune_scale)
+    TASKS[name] = Task(f"expo/{env_name}-v1", (data,), about, settings, finetune, dict(obs_keys=OBS_KEYS), "published")
 
 OGBENCH = dict(edit_scale=0.1, eval_every=25_000, total_timesteps=500_000)  # ours, not tuned
 for name, env_name, more, about in (  # more: of Q-Flow, published
@@ -123,7 +122,7 @@ for name, env_name, more, about in (  # more: of Q-Flow, published
 CHANGEABLE = ("total_timesteps", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "save_model")
 CHANGEABLE += ("capture_video", "track", "threads", "device", "compile")  # by --resume; others make another run
 MAY_BE_0 = ("seed", "threads", "total_timesteps", "learning_starts", "pretrain_steps", "offline_steps", "base_blocks")
-MAY_BE_0 += ("max_episode_steps", "num_edit_samples", "num_target_samples")  # every other whole number is at least 1
+MAY_BE_0 += ("max_episode_steps", "num_edit_samples", "num_target_samples", "eval_episodes")  # others: 1 at least
 SHARES = ("offline_ratio", "gamma", "tau", "ema_rate", "edit_dropout", "expectile", "heldout_share")
 
 
@@ -218,6 +217,7 @@ def check_flags(flags: dict[str, Any]) -> None:
         (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
         (given("compile") and not compiler, "--compile needs a C++ compiler and Python.h: apt install g++ python3-dev"),
         (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
+        (given("capture_video") and not given("eval_episodes"), "--capture-video needs --eval-episodes of at least 1"),
         (given("capture_video") and not found("moviepy"), "--capture-video needs a package: pip install moviepy"),
     ):
         if wrong:
