@@ -273,7 +273,8 @@ SWITCHES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=range(len(SWITCHES)))
 def test_runs_with_every_switch_thrown(switches, each, walks, tmp_path):
-    envs, episodes = walks(each, tmp_path / "run", **{"total_timesteps": 8} | switches), switches.get("eval_episodes", 3)
+    envs = walks(each, tmp_path / "run", **{"total_timesteps": 8} | switches)
+    episodes = switches.get("eval_episodes", 3)
     assert len(envs) == 1 + episodes and envs[min(episodes, 1)].closed  # without evaluations a robot has no twin
     assert torch.get_float32_matmul_precision() == switches.get("matmul_precision", "highest")
     rows = read_metrics(tmp_path / "run")
