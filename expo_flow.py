@@ -55,19 +55,19 @@ class Args:
     # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset; no --task but laptop
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, no --task or laptop
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
-    obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
+    obs_keys: tuple[str, ...] = ()  # robomimic's observations to use, in this order; other data ignores it
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
     total_timesteps: int = 300_000  # environment steps
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     threads: int = 0  # CPU threads of torch; 0: torch chooses
-    compile: bool = False  # torch.compile: faster with the same numbers, after a minute or two on first use
+    compile: bool = False  # torch.compile: can be faster, the same numbers up to rounding; first use takes a minute
     precision: Literal["float32", "bfloat16"] = "float32"  # of the TD target's candidates; all else stays float32
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # lower: faster products (docs/performance.md)
     run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write the networks to agent.pt at the end
-    capture_video: bool = False  # write a video of the first episode of every evaluation
+    capture_video: bool = False  # write a video of each policy's first episode in every evaluation
     track: bool = False  # mirror the log to Weights & Biases (pip install wandb)
     eval_every: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 100  # episodes of each evaluation; 0: none, with no second environment
@@ -83,7 +83,7 @@ class Args:
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
     offline_steps: int = 0  # [ours 3] updates on offline rows alone, before the first environment step
     utd_ratio: int = 20  # U, critic updates per environment step; the policies are updated once, on the last slice
-    batch_size: int = 256  # B, rows of one slice
+    batch_size: int = 256  # B, rows of a slice, the batch of one critic update
     offline_ratio: float = 0.5  # share of offline rows in every slice; 0.5 is symmetric sampling
     gamma: float = 0.99  # discount per action
     num_base_samples: int = 8  # N, base actions per decision
@@ -91,13 +91,13 @@ class Args:
     num_target_samples: int = 0  # base actions per TD target, with edits in proportion; 0: as many as N [ours 6]
     edit_scale: float = 0.05  # bound of an edit, the flag that matters most: .01-.15 to refine, .4-.7 to explore
     edit_dropout: float = 0.0  # dropout of the edit policy in its own loss; 0.1 on Adroit
-    edit_entropy: Literal["scaled", "published"] = "scaled"  # entropy target: scaled is within reach [ours 1]
+    edit_entropy: Literal["scaled", "published"] = "scaled"  # target; scaled: every edit_scale can reach it [ours 1]
     init_alpha: float = 1.0  # entropy temperature of the edit policy at the start
     backup: Literal["hard", "entropy"] = "hard"  # best candidate, or a softmax choice [ICLR version, Sec. 4.3]
     backup_kappa: float = 10.0  # entropy backup: sharpness of the choice, which is softmax(kappa Q)
     backup_alpha: float = 0.1  # entropy backup: weight of -log probability of the choice in the target
     num_critics: int = 10  # E, critics of the ensemble
-    num_min_critics: int = 2  # how many random critics a minimum is taken over, in ranking and TD target; 1 on AntMaze
+    num_min_critics: int = 2  # random critics whose minimum counts, in ranking and TD target; 1 on AntMaze
     tau: float = 0.005  # Polyak rate of the target critics, per critic update
     ema_rate: float = 0.001  # rate of the base policy's moving average, per base update
     # ---- networks and optimisers
@@ -145,7 +145,7 @@ class ReplayBuffer:
     def draw(self, offline_ratio: float, slices: int, rows: int) -> Batch:
         """A batch (U, B, ...), drawn uniformly; every slice has the same share of offline rows [paper Sec. 5]."""
         num, device = self.num_offline, self.fields.obs.device
-        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice: all, at first
+        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice; at first all are
         offline = torch.randint(num, (slices, count), device=device)
         online = torch.randint(num, max(self.size, num + 1), (slices, rows - count), device=device)
         index = torch.cat([offline, online], dim=1)  # (U, B)
@@ -316,9 +316,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def with_edits(self, obs: Tensor, base_actions: Tensor) -> Tensor:
-        """Candidates (..., C, A) at observations (..., O): the base actions (..., N, A), then M / N edits of each."""
+        """Candidates (..., C, A) at observations (..., O): the base actions (..., N, A), then M edits of them."""
         n = base_actions.shape[-2]
-        m = self.args.num_edit_samples * n // self.args.num_base_samples  # M, or less for the TD target [ours 6]
+        m = math.ceil(self.args.num_edit_samples * n / self.args.num_base_samples)  # M; fewer for TD targets [ours 6]
         if m == 0:
             return base_actions
         to_edit = base_actions[..., torch.arange(m, device=obs.device) % n, :]  # (..., M, A), every base action in turn
@@ -348,7 +348,7 @@ class Agent(nn.Module):
             choice, bonus = q.argmax(-1), 0.0
         else:  # [ICLR version, Sec. 4.3]
             log_probs = F.log_softmax(args.backup_kappa * q, dim=-1)
-            choice = torch.multinomial(log_probs.exp().nan_to_num(1), 1).squeeze(-1)  # NaN raises; the log reports it
+            choice = torch.multinomial(log_probs.exp().nan_to_num(1), 1).squeeze(-1)  # NaN would raise; the log tells
             bonus = -args.backup_alpha * log_probs.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
         next_actions = torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)  # (B, A)
         next_q = self.target_critic.random_min(batch.next_obs, next_actions, args.num_min_critics)  # a fresh subset
@@ -542,10 +542,10 @@ def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffe
     """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
-    state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}
-    state["optimizers"] = {name: part.state_dict() for name, part in vars(optimizers).items()}
+    state = {"step": step, "episode": episode, "log": log.state(), "random": torch.get_rng_state()}
+    state |= {"agent": agent.state_dict(), "optimizers": {k: v.state_dict() for k, v in vars(optimizers).items()}}
     state["rows"] = [field[buffer.num_offline : buffer.size].clone() for field in buffer.fields]
-    state |= {"random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()[:1]}
+    state["cuda"] = [torch.cuda.get_rng_state()] if buffer.fields.obs.is_cuda else []
     torch.save(state, content := io.BytesIO())
     write_whole(folder / "checkpoint.pt", content.getvalue())
 
@@ -597,7 +597,7 @@ def main(args: Args) -> None:
     first, episode = state["step"] + 1, state["episode"]
     log = Log(folder, args, zlib.crc32(b"".join(field.tobytes() for field in data)), state["log"], first)
     if args.capture_video:
-        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # it records the first episode of every evaluation
+        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # episodes of one environment and policy
         eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], str(folder / "videos"), lambda i: i % rounds == 0)
     save(folder, agent, optimizers, buffer, log, first - 1, episode)
     print(f"on {device}, in {folder}; to watch: tensorboard --logdir {folder.parent}")

@@ -60,18 +60,18 @@ class Args:
     # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset; no --task but laptop
+    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, no --task or laptop
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
-    obs_keys: tuple[str, ...] = ()  # observations to use, in this order, where the data has several by name (robomimic)
+    obs_keys: tuple[str, ...] = ()  # robomimic's observations to use, in this order; other data ignores it
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
     total_timesteps: int = 300_000  # environment steps
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     threads: int = 0  # CPU threads of torch; 0: torch chooses
-    compile: bool = False  # torch.compile: faster with the same numbers, after a minute or two on first use
+    compile: bool = False  # torch.compile: can be faster, the same numbers up to rounding; first use takes a minute
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # lower: faster products (docs/performance.md)
     run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
     save_model: bool = False  # write the networks to agent.pt at the end
-    capture_video: bool = False  # write a video of the first episode of every evaluation
+    capture_video: bool = False  # write a video of each policy's first episode in every evaluation
     track: bool = False  # mirror the log to Weights & Biases (pip install wandb)
     eval_every: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 100  # episodes of each evaluation; 0: none, with no second environment
@@ -87,12 +87,12 @@ class Args:
     learning_starts: int = 5_000  # environment steps with uniform random actions before anything is trained online
     offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: 1e6
     utd_ratio: int = 20  # U, updates of all networks per environment step
-    batch_size: int = 256  # B, rows of one slice
+    batch_size: int = 256  # B, rows of a slice, the batch of one critic update
     offline_ratio: float = 0.5  # share of offline rows in every slice (0.5: symmetric sampling)
     gamma: float = 0.99  # discount per action
-    guidance_lambda: float = 1.0  # the smaller, the more value counts and not imitation; published: .2 to 20, by task
+    guidance_lambda: float = 1.0  # small: follows value; large: imitates; published: .2 to 20, by task
     num_critics: int = 2  # E, heads of the critic and of the inner value
-    critic_agg: Literal["mean", "min"] = "mean"  # of the heads, in the targets; published: min on puzzles, giant mazes
+    critic_agg: Literal["mean", "min"] = "mean"  # joins heads in targets; published: min on puzzles, giant mazes
     tau: float = 0.005  # Polyak rate of the target critics, per critic update
     # ---- networks and optimisers
     hidden_dim: int = 512  # width of policy, critic and inner value; 256 on AntMaze
@@ -132,7 +132,7 @@ class ReplayBuffer:
     def draw(self, offline_ratio: float, slices: int, rows: int) -> Batch:
         """A batch (U, B, ...), drawn uniformly; every slice has the same share of offline rows [paper Sec. 5]."""
         num, device = self.num_offline, self.fields.obs.device
-        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice: all, at first
+        count = round(offline_ratio * rows) if self.size > num else rows  # offline rows of a slice; at first all are
         offline = torch.randint(num, (slices, count), device=device)
         online = torch.randint(num, max(self.size, num + 1), (slices, rows - count), device=device)
         index = torch.cat([offline, online], dim=1)  # (U, B)
@@ -418,10 +418,10 @@ def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffe
     """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
-    state = {"step": step, "episode": episode, "log": log.state(), "agent": agent.state_dict()}
-    state["optimizers"] = {name: part.state_dict() for name, part in vars(optimizers).items()}
+    state = {"step": step, "episode": episode, "log": log.state(), "random": torch.get_rng_state()}
+    state |= {"agent": agent.state_dict(), "optimizers": {k: v.state_dict() for k, v in vars(optimizers).items()}}
     state["rows"] = [field[buffer.num_offline : buffer.size].clone() for field in buffer.fields]
-    state |= {"random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()[:1]}
+    state["cuda"] = [torch.cuda.get_rng_state()] if buffer.fields.obs.is_cuda else []
     torch.save(state, content := io.BytesIO())
     write_whole(folder / "checkpoint.pt", content.getvalue())
 
@@ -473,7 +473,7 @@ def main(args: Args) -> None:
     first, episode = state["step"] + 1, state["episode"]
     log = Log(folder, args, zlib.crc32(b"".join(field.tobytes() for field in data)), state["log"], first)
     if args.capture_video:
-        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # it records the first episode of every evaluation
+        rounds = math.ceil(args.eval_episodes / len(eval_envs))  # episodes of one environment and policy
         eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], str(folder / "videos"), lambda i: i % rounds == 0)
     save(folder, agent, optimizers, buffer, log, first - 1, episode)
     print(f"on {device}, in {folder}; to watch: tensorboard --logdir {folder.parent}")

@@ -38,11 +38,11 @@ class Run:
         """A file beside the run's folder: .log, .failed, or .job (of Slurm)."""
         return self.run_dir.with_name(self.run_dir.name + ending)
 
-    def made(self, record: dict[str, Any], ignored: set[str]) -> bool:
-        """Whether an args.json is of a run of this command, but for the `ignored` flags."""
+    def made(self, record: dict[str, Any], longer: Iterable[str] = ()) -> bool:
+        """Whether an args.json is of a run of this command, but for the values that the flags `longer` have now."""
         words = [word for start in record.get("starts", []) for word in start["command"]]
         flags, wanted = flag_values(words), flag_values(self.command)
-        keys = (flags | wanted).keys() - ignored
+        keys = (flags | wanted).keys() - NEUTRAL - (wanted.keys() & set(longer))
         return words[:1] == [self.command[0]] and all(flags.get(key) == wanted.get(key) for key in keys)
 
 
@@ -123,7 +123,7 @@ class Work:
         run_dir, log, result_dir = self.run.run_dir, self.run.beside(".log"), self.run.result_dir
         log.parent.mkdir(parents=True, exist_ok=True)
         goes_on = (run_dir / "args.json").exists()
-        if goes_on and not self.run.made(read_record(run_dir), NEUTRAL | LONGER):
+        if goes_on and not self.run.made(read_record(run_dir), LONGER):
             return f"{run_dir} was made by another command than the grid has now; delete it to start it anew"
         flag = ["--resume" if goes_on else "--run-dir", os.path.relpath(run_dir, ROOT)]  # seen from where it is started
         words = [sys.executable, *self.run.command, *flag]

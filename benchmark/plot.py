@@ -7,7 +7,7 @@ Curves are interquartile means over seeds with 95 % bootstrap intervals, over en
 show success where the environment reports it, else the return. docs/benchmark.md defines every column of the tables.
 """
 
-import math
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -33,7 +33,7 @@ class Curve(NamedTuple):
     """The rows of one key of a metrics.csv."""
 
     steps: np.ndarray  # (n,) environment steps; offline updates are below 0
-    seconds: np.ndarray  # (n,) since the run's start
+    seconds: np.ndarray  # (n,) since the data was ready
     values: np.ndarray  # (n,)
 
 
@@ -62,17 +62,17 @@ def read_metrics(path: Path) -> dict[str, Curve]:
 def read_results(folders: tuple[Path, ...]) -> Results:
     """All curves of grids' results (<task>/<method>/seed<n>/metrics.csv) and of single runs' folders."""
     found: Results = {}
-    commits: Counter[str] = Counter()
+    commits, first_of = Counter[str](), dict[Any, dict[str, Any]]()
     for folder in folders:
         paths = sorted(folder.glob("*/*/seed*[0-9]/metrics.csv")) or sorted(folder.glob("metrics.csv"))
         if not paths:
             raise InputError(f"{folder} holds no metrics.csv, and no <task>/<method>/seed<n>/metrics.csv")
         for path in paths:
             record = read_record(path.parent)
-            start = (record.get("starts") or [{"command": [""], "commit": "unknown"}])[0]
+            args, start = record.get("args", {}), (record.get("starts") or [{"command": [""], "commit": "unknown"}])[0]
             task, method, seed = path.absolute().parts[-4:-1]
             if path.parent == folder:  # a single run: its script and its flags are its name
-                args, flags = record.get("args", {}), flag_values(start["command"][1:])
+                flags = flag_values(start["command"][1:])
                 task, seed = args.get("task") or args.get("env_id", "unknown"), args.get("seed", 0)
                 own = [f"{flag} {' '.join(flags[flag])}" for flag in flags if flag not in GIVEN | NEUTRAL]
                 method = " ".join([record.get("script", folder.name), *own])
@@ -80,22 +80,26 @@ def read_results(folders: tuple[Path, ...]) -> Results:
             if (seed := int(str(seed).removeprefix("seed"))) in seeds:
                 raise InputError(f"{path.parent}: {task}, {method}, seed {seed} is there twice; leave one of them out")
             seeds[seed] = read_metrics(path)
+            settings = {k: v for k, v in args.items() if f"--{k.replace('_', '-')}" not in GIVEN | NEUTRAL}
+            settings["last step"] = max(curve.steps[-1] for curve in seeds[seed].values())
+            first = first_of.setdefault((task, method), settings)
+            if differing := [key for key in first | settings if first.get(key) != settings.get(key)]:
+                print(f"warning: {path.parent} differs from the first seed of {method} in {', '.join(differing)}")
             commits[start["commit"]] += 1
     print("commits: " + ", ".join(f"{commit} ({runs} runs)" for commit, runs in commits.items()))
     return found
 
 
-def curves(seeds: Seeds, key: str, first: float = -math.inf) -> dict[int, Curve]:
+def curves(seeds: Seeds, key: str, first: float = -np.inf) -> dict[int, Curve]:
     """Seed -> the rows of one key from step `first` on, where there are any."""
-    found = {seed: keys[key] for seed, keys in sorted(seeds.items()) if key in keys}
-    found = {seed: Curve(*(column[curve.steps >= first] for column in curve)) for seed, curve in found.items()}
-    return {seed: curve for seed, curve in found.items() if len(curve.steps)}
+    found = {s: keys[key] for s, keys in sorted(seeds.items()) if key in keys and keys[key].steps[-1] >= first}
+    return {seed: Curve(*(column[curve.steps >= first] for column in curve)) for seed, curve in found.items()}
 
 
 def reached(curve: Curve, level: float) -> tuple[float, float]:
     """Environment steps and seconds at the first value of at least `level`; infinite if there is none."""
     places = np.flatnonzero(curve.values >= level - 1e-9)
-    return (float(curve.steps[places[0]]), float(curve.seconds[places[0]])) if len(places) else (math.inf, math.inf)
+    return (float(curve.steps[places[0]]), float(curve.seconds[places[0]])) if len(places) else (np.inf, np.inf)
 
 
 def area(curve: Curve) -> float:
@@ -130,8 +134,8 @@ def interval(values: np.ndarray, sign: str = "") -> str:
 
 def number(values: list[float], digits: int = 0) -> str:
     """The median over seeds. An infinite one is a level that is not reached; (2/3): two of three seeds reach it."""
-    median, finite = float(np.median(values)), sum(map(math.isfinite, values))
-    text = f"{median:,.{digits}f}" if math.isfinite(median) else "∞"
+    median, finite = np.median(values), np.isfinite(values).sum()
+    text = f"{median:,.{digits}f}" if np.isfinite(median) else "∞"
     return text if finite == len(values) else f"{text} ({finite}/{len(values)})"
 
 
@@ -179,9 +183,7 @@ def style(place: int) -> dict[str, Any]:
 
 def draw(axis: Any, found: list[Curve], over: str, place: int, **style: Any) -> None:
     """Interquartile mean and interval, at the steps that all seeds share. Markers of curves that coincide alternate."""
-    steps = found[0].steps
-    for curve in found[1:]:
-        steps = np.intersect1d(steps, curve.steps)
+    steps = functools.reduce(np.intersect1d, [curve.steps for curve in found])
     rows = [np.isin(curve.steps, steps) for curve in found]
     values = np.stack([curve.values[row] for curve, row in zip(found, rows, strict=True)])
     x = np.median([getattr(curve, over)[row] for curve, row in zip(found, rows, strict=True)], axis=0)
@@ -243,8 +245,8 @@ def main(
     """
     found, shown, keys = read_results(results), {}, {}
     for task, by_method in found.items():
-        names = [name for name in by_method if not methods or name in methods]
-        names.sort(key=lambda name: (KNOWN.index(name) if name in KNOWN else len(KNOWN), name))
+        names = [name for name in (*KNOWN, *sorted({*by_method} - {*KNOWN})) if name in by_method]
+        names = [name for name in names if not methods or name in methods]
         success = any("eval/success_rate" in keys for name in names for keys in by_method[name].values())
         keys[task] = key = "eval/success_rate" if success else "eval/return"
         base = {name: curves(by_method[name], key.replace("/", "/base_"), 0) for name in names}

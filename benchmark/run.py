@@ -21,7 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds `benchmark` when this file is run
 
-from benchmark.grid import NEUTRAL, ROOT, Run, Work, read_grid, read_record
+from benchmark.grid import ROOT, Run, Work, read_grid, read_record
 from benchmark.slurm import queue_runs
 from tools import one_line_errors
 from utils import InputError
@@ -102,7 +102,7 @@ def main(
         print("\n".join(shlex.join(["python", *run.command, "--run-dir", str(run.run_dir)]) for run in missing))
         return
     for run in runs:
-        if run not in missing and not run.made(read_record(run.result_dir), NEUTRAL):
+        if run not in missing and not run.made(read_record(run.result_dir)):
             print(f"warning: {run.name} was made by another command; to repeat it, delete {run.result_dir} and its run")
         elif run in missing and run.beside(".failed").exists():
             print(f"failed before, and repeated now: {run.name}: {run.beside('.failed').read_text()}")

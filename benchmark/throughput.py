@@ -5,7 +5,6 @@
 All other flags go to the scripts. Times are medians. On a shared machine a ratio, measured in turns, says more.
 """
 
-import functools
 import importlib
 import json
 import shlex
@@ -64,7 +63,7 @@ class Side:
         self.optimizers, self.buffer = script.Optimizers(self.agent, args), script.ReplayBuffer(data, 1, device)
         self.obs = self.buffer.fields.obs[:1]
         if args.compile:
-            for name in filter(functools.partial(hasattr, self.agent), COMPILED):
+            for name in (name for name in COMPILED if hasattr(self.agent, name)):
                 setattr(self.agent, name, torch.compile(getattr(self.agent, name), options={"fallback_random": True}))
 
     def configure(self) -> None:
@@ -131,9 +130,8 @@ def main() -> None:
     seconds = measure(calls, options)
     print_table(rows, seconds, gflop)
     result = {"command": sys.argv, "commit": commit, "torch": torch.__version__, "machine": machine}
-    result |= {"seconds": seconds, "gflop": gflop}
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(result | {"seconds": seconds, "gflop": gflop}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,9 @@ def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continu
     shutil.rmtree(folder_of(path, "results"))
     assert run_grid(fake_grid(tmp_path, "--fail 3", steps=7), only="seed1") == 0  # a longer grid continues its runs
     assert steps_of(folder_of(path, "results")) == list(range(7))
+    shutil.rmtree(folder_of(path, "results"))
+    path.write_text(path.read_text().replace("--total-timesteps 7", ""))
+    assert run_grid(path, only="seed1") == 1  # it would go on with the 7 that the grid has no more
 
 
 def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(tmp_path):
@@ -191,6 +194,9 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     shutil.copytree(tmp_path / "maze", tmp_path / "adroit" / "adroit-pen-binary")
     plot.main((tmp_path / "adroit",), methods=("expo_flow",))
     assert re.search(r"eval/solved_share, last \|\n.*\n.* 13 \| 0.25 \|\n", capsys.readouterr().out)
+    write_results(tmp_path / "cut", "m", {1: [0.0, 1.0], 2: [0.0, 1.0, 1.0]})
+    plot.main((tmp_path / "cut",))
+    assert "seed2 differs from the first seed of m in last step\n" in capsys.readouterr().out
     # Single runs are named by their flags. Returns stand in for success.
     write_results(tmp_path, "x", {1: [1.0, 3.0], 2: [1.0, 3.0]}, "eval/return")
     folders = tuple(sorted(tmp_path.glob("maze/x/*")))

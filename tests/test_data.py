@@ -182,16 +182,22 @@ def test_minaris_own_recorder(kind, x, monkeypatch):
     assert rows.terminations.nonzero()[0].tolist() == [data.episodes[0, 1] - 1]
 
 
-def test_data_of_another_environment():
+def test_data_of_another_environment(tmp_path):
     """A3: Minari says which environment it recorded. Here it is another maze, at one simulator step a row."""
     maze = make_env("PointMaze_UMaze-v3", "pointmaze-umaze", 24, 10)
-    path, wanted = FILES / "minari/maze/large-v0", ("in PointMaze_Large-v3", "maze_map", "lasts 10")
+    path, wanted = FILES / "minari/maze/large-v0", ("in PointMaze_Large-v3", "continuing_task", "maze_map", "lasts 10")
     notes, same = find_problems(read(path, env=maze), maze, [str(path)]), make_env("PointMaze_Large-v3")
     assert all(words in note for words, note in zip(wanted, notes, strict=False))
-    assert find_problems(read(path, env=same), same, [str(path)]) == notes[3:]
+    assert find_problems(read(path, env=same), same, [str(path)]) == notes[4:]
     known: Any = same.spec
     known.kwargs["maze_map"] = tuple(map(tuple, known.kwargs["maze_map"]))  # JSON knows lists only
-    assert find_problems(read(path, env=same), same, [str(path)]) == notes[3:]
+    assert find_problems(read(path, env=same), same, [str(path)]) == notes[4:]
+    pendulum, path = make_env("Pendulum-v1"), write(tmp_path / "a.hdf5", pendulum_arrays())
+    usual = find_problems(read(path), pendulum, [str(path)])
+    for kwargs, said in (({"g": 10.0}, []), ({"g": 1.0}, ["recorded with another g than the task's"])):
+        with h5py.File(path, "a") as file:
+            file.attrs["env_spec"] = json.dumps({"id": "Pendulum-v1", "kwargs": kwargs})
+        assert find_problems(read(path), pendulum, [str(path)]) == [*said, *usual]  # 10 is the default
     order: Any = gym.Wrapper(make_env("PointMaze_Large-v3"))
     order.native_spaces = gym.spaces.Dict(position=Box(-9, 9, (8,))), Box(-1, 1, (2,))
     assert "the environment's are position" in refused(FILES / "minari/maze/large-v0", env=order)
@@ -272,9 +278,11 @@ def test_problems():
     obs, env = np.random.default_rng(0).normal(size=(41, 2)).cumsum(axis=0), make_env("Pendulum-v1", "", 15)
     good = Transitions(obs[:-1], obs[1:, :1], obs[1:, 0], obs[1:], np.zeros(40))
     two, jump = [[0, 20], [20, 40]], obs[1:] + 500 * (np.arange(80).reshape(40, 2) == 15)
+    cut, limited = good._replace(terminations=np.arange(40) % 15 == 14), [[0, 15], [15, 30], [30, 40]]
     for rows, episodes, there, words in (
         (good, two, None, []),
         (good, two, env, ["2 episodes exceed the limit of 15, up to 20"]),
+        (cut, limited, env, ["every episode of 15 steps ends terminal"]),
         (good, [[0, 40]], None, ["one single episode: are the 'timeouts' missing?"]),
         (good._replace(next_obs=jump), two, None, ["1 transitions jump, up to"]),
         (good._replace(next_obs=jump, terminations=np.arange(40) == 7), two, None, []),  # it needs no successor

@@ -130,7 +130,7 @@ def test_base_policy_recovers_a_mixture_on_a_ring(script, least_near):
 # --------------------------------------------------------------------------------- candidates, targets, losses, rates
 
 
-SIZES = [(4, 4, 0, 4), (4, 8, 2, 4), (4, 2, 2, 1), (2, 2, 6, 6), (4, 0, 1, 0)]
+SIZES = [(4, 4, 0, 4), (4, 8, 2, 4), (4, 2, 2, 1), (2, 2, 6, 6), (4, 0, 1, 0), (32, 8, 2, 1)]
 SIZES += [(1, 1, num, num) for num in (1, 3, 2000, 3000)]  # in parts of 2048, 682 and 1 observations
 
 

@@ -92,7 +92,7 @@ WRONG |= {"--seed 1.5": "--seed", "--backup soft": "--backup", "--device tpu": "
 WRONG |= {"pointmaze-umaze": "pointmaze-umaze", "--task pointmaze-mediun": "did you mean 'pointmaze-medium'"}
 WRONG |= {"--task pointmaze-umaze --env-id Pusher-v5": "without --task", "--env-id Pusher-v5": "--dataset is missing"}
 WRONG |= {"--task= --dataset a.hdf5": "--env-id is empty", "--resume /nowhere": "--resume /nowhere"}
-WRONG |= {"--offline-steps 0 --learning-starts 600": "--total-timesteps must exceed --learning-starts"}
+WRONG |= {"--learning-starts 600": "--total-timesteps must exceed --learning-starts"}
 WRONG |= {"--capture-video --eval-episodes 0": "--eval-episodes of at least 1"}
 WRONG |= {"--track": "pip install wandb", "--device cuda": "finds no CUDA", "--compile": "Python.h"}
 

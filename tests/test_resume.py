@@ -202,16 +202,22 @@ def test_another_run_is_refused(copied, monkeypatch):
         for program, sees in ("my_own.py", True), ("another_program.py", False):  # then its number was given away
             record["starts"][-1]["command"] = [program]
             (copied / "args.json").write_text(json.dumps(record | {"pid": living.pid}))
-            assert f"that {program} started; resume with that" in refused(copied)  # and not by this one
+            assert f"{program} started this run of expo_diffusion;" in refused(copied)  # and not by this one
             monkeypatch.setattr(sys, "argv", [program])
             assert (f"process {living.pid} is still writing" in refused(copied)) == sees
         living.kill()
+    record["starts"][-1]["command"] = ["ablation.py", "--change=one"]
+    (copied / "args.json").write_text(json.dumps(record))
+    for change, sees in ("one", False), ("other", True):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "--change", change])
+        assert ("ablation.py one started" in refused(copied)) == sees
 
 
 def test_a_complete_run_is_resumed_to_nothing_or_to_a_longer_one(copied, untouched):
     before, state = contents(copied), read_state(copied)
-    resume(copied)
+    resume(copied, "--dataset", "generated:pointmaze-umaze:60")  # the same rows from another place
     assert_untouched(copied, untouched(expo_diffusion))
+    assert "the data" in refused(copied, "--dataset", "generated:pointmaze-umaze:59")
     with pytest.raises(OSError, match="beyond --total-timesteps"):
         resume(copied, "--total-timesteps", "20")
     resume(copied, "--total-timesteps", "40", "--eval-every", "15", "--checkpoint-every", "1000")

@@ -90,6 +90,7 @@ def walks(monkeypatch):
         made: list[Walk] = []
         monkeypatch.setattr(script, "make_env", lambda *_, **__: made.append(Walk()) or made[-1])
         monkeypatch.setattr(script, "load_dataset", lambda *_: random_rows())
+        monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)  # a card that torch cannot use is left alone
         known = {key: value for key, value in {**TOY, **flags}.items() if hasattr(script.Args, key)}
         run_here(script, script.Args(run_dir=str(run_dir), **known))
         return made

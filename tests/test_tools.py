@@ -241,7 +241,7 @@ def test_evaluate(tool, tmp_path, script, file):
         (record | {"args": vars(args) | {"hidden_dim": 17}}, f"{file} is damaged, or does not fit its args.json"),
         (record | {"script": "expo_magic"}, "is a run of 'expo_magic'"),
         (
-            record | {"starts": [{"command": ["ablation.py", "--change", "x"]}]},
+            record | {"starts": [{"command": ["ablation.py", "--change=x"]}]},
             "with a change of benchmark/ablation.py",
         ),
         ({"script": 3}, "args.json is damaged"),

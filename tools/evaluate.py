@@ -38,7 +38,7 @@ def load_args(run_dir: Path) -> tuple[Any, Any]:
         raise InputError(f"{run_dir} holds no run: args.json is missing") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{run_dir / 'args.json'} is damaged, or not of a run of this project") from None
-    if "--change" in command:
+    if any(word.partition("=")[0] == "--change" for word in command):
         raise InputError(f"{run_dir} was made with a change of benchmark/ablation.py, which is not made here")
     if script not in SCRIPTS:
         raise InputError(f"{run_dir} is a run of {script!r}, which this project does not have")

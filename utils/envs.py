@@ -31,10 +31,8 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     if max_episode_steps:
         kwargs["max_episode_steps"] = -1  # the limit goes outside of the action repeat
     try:
-        if render_mode:
-            env = import_module("utils.failures").with_pictures(create, env_id, kwargs | {"render_mode": render_mode})
-        else:
-            env = create(env_id, kwargs)
+        pictures = import_module("utils.failures").with_pictures if render_mode else None
+        env = pictures(create, env_id, kwargs | {"render_mode": render_mode}) if pictures else create(env_id, kwargs)
         space = env.action_space
         if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
             raise InputError(f"{type(space).__name__} actions of {space.dtype}; they must be a continuous Box")
@@ -52,7 +50,7 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     if max_episode_steps:
         env = gym.wrappers.TimeLimit(env, max_episode_steps)
     flat: Any = spaces.flatten_space(space)
-    bounds: Any = dict(a_min=flat.low, a_max=flat.high, dtype=flat.dtype)  # rounding would leave them
+    bounds: Any = dict(a_min=flat.low, a_max=flat.high, dtype=flat.dtype)  # rounding may exceed them
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, **bounds).reshape(space.shape), flat)
     return Checked(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, *np.array([-1, 1], flat.dtype))))
 

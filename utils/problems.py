@@ -1,5 +1,6 @@
 """What looks wrong in offline data: `tools/data.py inspect` prints it, and so does a run at its start."""
 
+import inspect
 import json
 from collections.abc import Sequence
 from importlib import metadata, util
@@ -30,8 +31,10 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
     lines, repeat = [], env.get_wrapper_attr("repeat")
     if there.get("id", env.spec.id) != env.spec.id:
         lines.append(f"recorded in {there['id']}, the task is {env.spec.id}")
-    said, here = there.get("kwargs") or {}, json.loads(json.dumps(env.spec.kwargs, default=str))
-    lines += [f"recorded with another {key} than the task's" for key in said if here.get(key, said[key]) != said[key]]
+    usual = {p.name: p.default for p in inspect.signature(type(env.unwrapped).__init__).parameters.values()}
+    said, here = json.loads(json.dumps([usual | (there.get("kwargs") or {}), usual | env.spec.kwargs], default=str))
+    different = [key for key in sorted(said | here) if said.get(key) != here.get(key) and key != "render_mode"]
+    lines += [f"recorded with another {key} than the task's" for key in different if there]
     if there and repeat > 1:
         lines.append(f"a row is one step of {there.get('id')}, but an action of the task lasts {repeat} steps")
     version = robomimic.get("env_version")
@@ -45,13 +48,8 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     rows, lengths = data.rows, data.episodes[:, 1] - data.episodes[:, 0]
     files = [find_file(spec) for spec in specs if not spec.startswith("generated:")]
     problems = [line for file in files for line in recorded_elsewhere(file, env)] if env is not None else []
-    limit = env.spec.max_episode_steps if env is not None and env.spec else None
-    if limit and lengths.max() > limit:
-        problems.append(f"{(lengths > limit).sum():,} episodes exceed the limit of {limit}, up to {lengths.max():,}")
-    if len(lengths) == 1 and len(rows.obs) > 1:
-        problems.append("one single episode: are the 'timeouts' missing?")
-    if (lengths == 1).any():
-        problems.append(f"{(lengths == 1).sum():,} episodes of one transition")
+    limit = (env.spec.max_episode_steps if env is not None and env.spec else None) or np.inf
+    ends = rows.terminations[data.episodes[lengths == limit, 1] - 1]  # of the episodes that the limit may have cut
     steps = np.abs(rows.next_obs - rows.obs)
     steps[rows.terminations > 0] = 0
     usual = np.quantile(steps, 0.95, axis=0)  # within an episode, simulators seldom exceed five times this
@@ -60,15 +58,18 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
         place = (jumps * steps / (usual + 1e-30)).max(axis=0).argmax()
         size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
         problems.append(f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?")
-    still = (steps.max(axis=1) == 0) & (rows.terminations == 0)
-    if still.mean() > 0.01:
-        problems.append(f"{still.sum():,} transitions do not change the observation")
-    if np.ptp(rows.rewards) == 0:
-        problems.append(f"every reward is {rows.rewards[0]:g}")
+    still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
+    for wrong, problem in (
+        (lengths.max() > limit, f"{sum(lengths > limit)} episodes exceed the limit of {limit}, up to {lengths.max()}"),
+        (ends.size and ends.all(), f"every episode of {limit} steps ends terminal: are time limits in 'terminals'?"),
+        (len(lengths) == 1 and len(rows.obs) > 1, "one single episode: are the 'timeouts' missing?"),
+        ((lengths == 1).any(), f"{sum(lengths == 1):,} episodes of one transition"),
+        (still.mean() > 0.01, f"{still.sum():,} transitions do not change the observation"),
+        (np.ptp(rows.rewards) == 0, f"every reward is {rows.rewards[0]:g}"),
+        (success is not None and not success.any(), "no successful episode"),
+    ):
+        problems += [problem] if wrong else []
     for name, array in (("observation", rows.obs), ("action", rows.actions)):
         constant = np.flatnonzero(np.ptp(array, axis=0) == 0)
-        if len(constant):
-            problems.append(f"constant {name} dimensions: {', '.join(map(str, constant))}")
-    if data.success is not None and not data.success.any():
-        problems.append("no successful episode")
+        problems += [f"constant {name} dimensions: {', '.join(map(str, constant))}"] if len(constant) else []
     return problems
