@@ -419,7 +419,7 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                 running = dict(zip(range(first, args.eval_episodes), envs, strict=False))  # episode -> environment
                 obs = [env.reset(seed=episode_seed(args.seed, 1, i))[0] for i, env in running.items()]
                 while running:  # ended episodes keep their row: torch.compile wants batches of one shape
-                    actions = act(torch.as_tensor(np.stack(obs), device=device)).cpu().numpy()
+                    actions = act(torch.as_tensor(np.stack(obs), dtype=torch.float32, device=device)).cpu().numpy()
                     for i, env in list(running.items()):
                         obs[i - first], reward, terminated, truncated, info = env.step(actions[i - first])
                         returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
@@ -444,10 +444,10 @@ class Log:
         size, expected, header = self.file.tell(), state["bytes"], b"step,seconds,key,value\n"
         if old["data_crc32"] != data_crc32 or size < expected or size > len(header) > expected:
             raise OSError(f"{folder}: the data, metrics.csv or checkpoint.pt is missing, or not the one of this run")
-        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --exclude='*' 2>/dev/null"
-        found = (sys.modules.get(name) for name in ("torch", "numpy", "gymnasium", "mujoco"))
-        versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in found if m}
-        start = {"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions}
+        git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --exclude="*"'
+        commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+        versions = {m: sys.modules[m].__version__ for m in "torch numpy gymnasium mujoco".split() if m in sys.modules}
+        start = {"command": sys.argv, "commit": commit, "versions": versions | {"python": platform.python_version()}}
         record = {"script": Path(__file__).stem, "data_crc32": data_crc32, "pid": os.getpid(), "host": platform.node()}
         record |= {"args": vars(args), "starts": [*old["starts"], start]}
         write_whole(path, json.dumps(record, indent=2).encode())
@@ -531,7 +531,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     name = f"{args.task or args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}")
+    folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}-{os.getpid()}")
     env_flags = args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys
     env, eval_envs = make_env(*env_flags), [make_env(*env_flags) for _ in range(min(args.eval_episodes, 20))]
     data = load_dataset(args.dataset, env, args.obs_keys)  # NumPy arrays: obs, actions, rewards, next_obs, terminations
@@ -592,7 +592,7 @@ def main(args: Args) -> None:
         if step <= args.learning_starts:
             action = 2 * torch.rand(action_dim) - 1
         else:
-            action = agent.training_actions(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
+            action = agent.training_actions(torch.tensor(obs, dtype=torch.float32, device=device)[None])[0].cpu()
         next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
         buffer.add(obs, action, args.reward_scale * float(reward) + args.reward_shift, next_obs, terminated)
         obs, episodic_return = next_obs, episodic_return + float(reward)

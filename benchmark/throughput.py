@@ -119,7 +119,7 @@ def main() -> None:
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
     gpu = torch.cuda.get_device_name() if side.obs.is_cuda else "no GPU"
     machine = f"{gpu}, {cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
+    commit = subprocess.getoutput(f'git -C "{ROOT}" describe --always --dirty --exclude="*"')
     print(f"{', '.join(rows)}: {side.args.task or side.args.env_id}, O {side.dims[0]}, A {side.dims[1]}, on {machine}")
     gflop: dict[str, float] = {}  # of the matrix products of an update
     calls = {f"{key} {row}": getattr(side, key) for row, side in sides.items() for key in ("update", "action")}

@@ -7,6 +7,7 @@ A run that is complete is used again. Delete runs/pictures/ to train anew.
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def trained_agent(name: str, moment: str, flags: list[str]) -> Any:
     """The agent of a run of a script; the run is made if it is not there."""
     run_dir = ROOT / "runs" / "pictures" / f"{name}-{moment.replace(' ', '-')}"
     if not (run_dir / "agent.pt").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was stopped
         words = [sys.executable, f"{name}.py", "--save-model", "--eval-every", "100000", *flags, "--run-dir", run_dir]
         subprocess.run(words, cwd=ROOT, check=True)
     script = importlib.import_module(name)

@@ -1,4 +1,7 @@
-"""Copied into another project, without utils/: each script trains, logs, evaluates, saves and resumes there."""
+"""Copied into another project, without utils/: each script trains, logs, evaluates, saves and resumes there.
+
+The environment there has observations of float64, as most of MuJoCo's.
+"""
 
 import difflib
 import importlib
@@ -14,7 +17,7 @@ import torch
 from conftest import EVERY_SCRIPT, ROOT, flags_of
 from running import SMALL, read_metrics, values_of
 
-DATA = """    rng, shapes = np.random.default_rng(0), ((200, 3), (200, 1), 200, (200, 3))
+DATA = """    rng, shapes = np.random.default_rng(0), ((200, 4), (200, 1), 200, (200, 4))
     data = [rng.uniform(-1, 1, shape).astype(np.float32) for shape in shapes] + [np.zeros(200, np.float32)]
 """
 # Starts each command line twice: a run of half the steps, then its continuation.
@@ -26,7 +29,13 @@ for words in json.loads(sys.argv[1]):
         sys.argv = [*words, *more]
         runpy.run_path(words[0], run_name="__main__")
 """
-FLAGS: dict[str, Any] = {**SMALL, "task": "", "env_id": "Pendulum-v1", "total_timesteps": 50, "save_model": True}
+FLAGS: dict[str, Any] = {
+    **SMALL,
+    "task": "",
+    "env_id": "InvertedPendulum-v5",
+    "total_timesteps": 50,
+    "save_model": True,
+}
 FLAGS |= {"offline_steps": 5, "eval_every": 25, "log_every": 5, "checkpoint_every": 1, "learning_starts": 0}
 
 
@@ -36,7 +45,7 @@ def pasted(source: str) -> str:
         (r"(?m)^from utils\.data .*\n", "import tyro\n"),
         (r"(?m)^from utils\..*\n", ""),
         (r"(?m)^    env_flags = .*\n", ""),
-        (r"make_env\(\*env_flags", 'gym.make("Pendulum-v1", max_episode_steps=12'),
+        (r"make_env\(\*env_flags", 'gym.make("InvertedPendulum-v5", max_episode_steps=12'),
         (r"(?m)^    data = load_dataset.*\n", DATA),
         (r"parse_args\(Args, __doc__\)", "tyro.cli(Args)"),
     ):
@@ -73,4 +82,4 @@ def test_a_pasted_script_trains_and_goes_on(name, project):
     assert [step for step in values_of(rows, "losses/critic") if step > 0] == list(range(5, 51, 5))
     assert state["step"] == len(state["rows"][0]) == 50
     assert len(json.loads((run_dir / "args.json").read_text())["starts"]) == 2
-    assert torch.load(run_dir / "agent.pt")["obs_dim"] == 3 and list(run_dir.glob("events.out.*"))
+    assert torch.load(run_dir / "agent.pt")["obs_dim"] == 4 and list(run_dir.glob("events.out.*"))

@@ -83,7 +83,7 @@ def test_inspect(tool, ant_file):
     assert "29 wide, the environment's 105" in tool(data, "inspect", ant_file, "--env-id", "Ant-v5")
 
 
-def test_thin(tool, ant_file, tmp_path):
+def test_thin(tool, ant_file, tmp_path, monkeypatch):
     """Whole episodes, and every array of them; what has no value for each row stays whole."""
     few = tmp_path / "few.hdf5"
     assert tool(data, "thin", ant_file, few, "--episodes", 2) == f"{few}: 2 of 4 episodes, 20 of 40 rows\n"
@@ -96,12 +96,25 @@ def test_thin(tool, ant_file, tmp_path):
         assert new.attrs["source"] == "here" and new.attrs["thinned"] == "2 of 4 episodes, seed 0"
     assert "is there already" in tool(data, "thin", ant_file, few, "--episodes", 2)
     assert "has 4" in tool(data, "thin", ant_file, tmp_path / "new.hdf5", "--episodes", 5)
+    with h5py.File(ant_file, "a") as file:
+        file["terminals"][5::10] = True  # on the way: the episode goes on, for its steps are shorter than a reset
+        file["observations"][...] = np.arange(40)[:, None] + 100 * (np.arange(40)[:, None] // 10)
+    assert "keep two or more" in tool(data, "thin", ant_file, tmp_path / "new.hdf5", "--episodes", 1)
+    monkeypatch.setattr(os, "replace", lambda *_: exec("raise OSError(28, 'No space left on device')"))
+    out = tool(data, "thin", ant_file, tmp_path / "new.hdf5", "--episodes", 2)
+    assert "cannot be written ([Errno 28] No space left on device)\n" in out
+    assert sorted(path.name for path in tmp_path.glob("*.hdf5*")) == ["ant.hdf5", "few.hdf5"]
 
 
 def test_replay(tool, ant_file):
     """The simulator's own rows: only float32 and the warm start of its solver differ."""
     last = tool(data, "replay", ant_file, "--task", "antmaze-umaze", "--rows", 9).splitlines()[-1].split()
     assert last[:2] == ["all", "9"] and float(last[-1]) < 1e-4
+    with h5py.File(ant_file, "a") as file:
+        file["infos/goal_achieved"] = np.zeros(40, bool)
+    assert "success as in the file in 9 of 9 rows" in tool(
+        data, "replay", ant_file, "--task", "antmaze-umaze", "--rows", 9
+    )
     assert "has no 'infos/qpos'" in tool(data, "replay", ant_file, "--task", "adroit-door-binary")
 
 
@@ -115,7 +128,11 @@ generate ogbench-cube-billion | is unknown
 generate pointmaze-umaze --episodes -1 | cannot be negative
 replay nowhere.hdf5 --task pointmaze-umaze | only these can be set
 replay generated:pointmaze-umaze --task antmaze-umaze | tools/data.py generate pointmaze-umaze
-replay tests/data/d4rl-pen.hdf5 --task antmaze-umaze | observations are 45 wide"""
+replay tests/data/d4rl-pen.hdf5 --task antmaze-umaze | observations are 45 wide
+replay tests/data/d4rl-pen.hdf5:1 --task adroit-pen-binary | give the file without a count
+replay tests/data/d4rl-pen.hdf5 --task adroit-pen-binary --rows 0 | --rows must be at least 1
+thin tests/data/d4rl-pen.hdf5:1 new.hdf5 --episodes 1 | give the file without a count
+thin tests/data/d4rl-pen.hdf5 new.hdf5 --episodes 1 --seed -1 | --seed must be at least 0"""
 
 
 def test_commands(tool, monkeypatch):
@@ -212,6 +229,7 @@ def test_minari_download(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", lambda name: (tmp_path / "reach/arrow-v0/data").mkdir(parents=True))
     for words in ("but not in HDF5", "has no data in HDF5"):  # downloaded now, and there already
         assert words in tool(data, "download", "minari:reach/arrow-v0")
+    assert f"is a folder of data sets; name one: {Path(path).parents[1]}" in tool(data, "download", "minari:reach")
     monkeypatch.setitem(sys.modules, "minari", None)
     assert "pip install" in tool(data, "download", "minari:reach/tuple-v0")
 

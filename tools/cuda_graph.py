@@ -58,6 +58,8 @@ class Recorded:
 
 def cuda_graph(script: Any) -> None:
     """Replaces the script's `update`, and an agent's `on_the_fly_actions`."""
+    if not torch.cuda.is_available():
+        raise InputError("tools/cuda_graph.py needs a GPU; run the script itself")
     update, recorded = script.update, {}
 
     def replayed(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:

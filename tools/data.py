@@ -77,7 +77,8 @@ def inspect(args: argparse.Namespace) -> None:
     if data.success is not None:
         success = f"{data.success.sum()} of {len(data.success)} episodes ({data.success.mean():.1%})"
     print(args.file)
-    print(f"  transitions   {len(rows.obs):,} ({data.dropped:,} rows dropped: no successor in the file)")
+    place = "whole file" if sources.split_count(args.file)[1] else "file"
+    print(f"  transitions   {len(rows.obs):,} ({data.dropped:,} rows dropped: no successor in the {place})")
     for name, array in (("observations", rows.obs), ("actions", rows.actions)):
         print(f"  {name:<13} {array.shape[1]} wide, {array.min():.4g} to {array.max():.4g}")
     print(f"  rewards       {rows.rewards.min():.4g} to {rows.rewards.max():.4g}, mean {rows.rewards.mean():.4g}")
@@ -92,15 +93,20 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
     """Writes whole episodes of a D4RL-layout file, drawn at random, to a new file: less data, hence a weaker prior."""
     if out.exists():
         raise InputError(f"{out} is there already; choose another name")
+    if sources.split_count(file)[1]:
+        raise InputError(f"{file}: give the file without a count; --episodes says how many are kept")
     from tools.replay import read_rows
 
     path = sources.find_file(file)
-    ends = read_rows(path, ())["ends"]
+    rows = read_rows(path, ())
+    ends = rows["ends"]
     number = np.cumsum(ends) - ends  # of the episode that each row belongs to
     total = int(number[-1]) + 1
     if not 0 < episodes <= total:
         raise InputError(f"--episodes {episodes}: {path} has {total}")
     keep = np.isin(number, np.random.default_rng(seed).choice(total, episodes, replace=False))
+    if episodes == 1 and "next_observations" not in rows and (rows["terminals"].astype(bool) & keep & ~ends).any():
+        raise InputError("--episodes 1: keep two or more, because its episodes go on after a terminal row")
     arrays: dict[str, Any] = {}
 
     def copy(name: str, item: Any) -> None:
@@ -217,6 +223,8 @@ def fetch_once(address: str, path: Path, timeout: float) -> None:
 def download_minari(name: str, path: Path) -> None:
     """Downloads with the minari package, which does nothing if the folder of the data set is there already."""
     folder = path.parents[1]
+    if found := [str(file.parents[1]) for file in folder.glob("*/**/data/main_data.hdf5")]:
+        raise InputError(f"minari:{name} is a folder of data sets; name one: {', '.join(sorted(found)[:9])}")
     if folder.exists():
         raise InputError(f"{folder} is there, but has no data in HDF5 format; remove it, or read another data set")
     try:
@@ -262,6 +270,9 @@ def main() -> None:
     command = commands.add_parser("download", help="fetches the data of a task")
     command.add_argument("name", help="a task, or a word of --dataset")
     args = parser.parse_args()
+    for name, least in (("seed", 0), ("rows", 1), ("max_episode_steps", 0)):
+        if getattr(args, name, least) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
     if args.command == "list":
         list_tasks()
     elif args.command == "inspect":

@@ -115,8 +115,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--video", type=Path, help="also write one episode to this mp4")
     args = parser.parse_args()
-    if min(args.episodes, args.num_envs) < 1 or args.seed < 0:
-        raise InputError("--episodes and --num-envs must be at least 1, and --seed at least 0")
+    if min(args.episodes, args.num_envs) < 1 or not 0 <= args.seed < 2**31:
+        raise InputError("--episodes and --num-envs must be at least 1, and --seed from 0 to 2147483647")
     evaluate(args.run_dir, args.episodes, args.num_envs, args.seed, args.device, args.video)
 
 

@@ -1,5 +1,6 @@
 """Files that the tools make: written whole or not at all."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,25 @@ def own_folder() -> Path:
 
 
 def write_d4rl(path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
-    """Writes an HDF5 file of D4RL's layout. Two processes may do it at once: each puts a whole file there."""
+    """Writes an HDF5 file of D4RL's layout."""
+    content = io.BytesIO()  # h5py itself crashes on a full disk
+    with h5py.File(content, "w", track_order=True) as file:
+        file.attrs.update(attributes)
+        for key, value in arrays.items():
+            file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None, track_times=False)
+    write_whole(path, content)
+
+
+def write_whole(path: Path, content: io.BytesIO) -> None:
+    """Writes a file, or leaves nothing. Two processes may do it at once: each puts a whole file there."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w", track_order=True) as file:
-            file.attrs.update(attributes)
-            for key, value in arrays.items():
-                file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None, track_times=False)
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({reason(error)}); EXPO_CACHE_DIR names another") from None
+        advice = "; EXPO_CACHE_DIR names another folder" if path.is_relative_to(own_folder()) else ""
+        raise InputError(f"{path} cannot be written ({reason(error)}){advice}") from None
     finally:
         if temporary.exists():
             temporary.unlink()

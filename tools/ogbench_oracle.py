@@ -5,6 +5,7 @@ noise, carries out one random target after the other. The file has OGBench's npz
 rewards are made from.
 """
 
+import io
 import multiprocessing
 import os
 import warnings
@@ -17,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from tools.files import own_folder
+from tools.files import own_folder, write_whole
 from utils import InputError
 
 KINDS = {  # the package's env id, and the oracles for the targets that occur in it
@@ -57,15 +58,9 @@ def generate(name: str, episodes: int, seed: int = 0, processes: int = 0, steps:
             parts = list(tqdm(pool.map(_episode, jobs), total=episodes, desc=label, unit="episode", disable=None))
     except BrokenProcessPool:  # a process that cannot make its environment has said why on stderr
         raise InputError(f"the processes that make ogbench-{name} ended before they were done") from None
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            arrays: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); EXPO_CACHE_DIR names another folder") from None
+    arrays: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    np.savez_compressed(content := io.BytesIO(), **arrays)
+    write_whole(path, content)
     return path
 
 

@@ -12,7 +12,7 @@ from utils import InputError
 from utils.arrays import Arrays, check, numbers
 from utils.data import find_ends, read
 from utils.envs import make_env
-from utils.sources import find_file
+from utils.sources import find_file, split_count
 from utils.tasks import TASKS
 
 # What a file must have, beside the observations, to put a task's simulator into the state of a row.
@@ -43,6 +43,8 @@ def replay(file: str, task: str, count: int = 2_000, seed: int = 0) -> dict[str,
     if task not in TASKS or not kind:
         known = ", ".join(name for name in TASKS if name.startswith(("antmaze", "adroit")))
         raise InputError(f"--task {task!r}: only these can be set to the state of a row: {known}")
+    if split_count(file)[1]:
+        raise InputError(f"{file}: give the file without a count; --rows says how many rows are tried")
     rows = read_rows(find_file(file), STATES[kind])
     env = make_env(TASKS[task].env_id, task)
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
@@ -82,6 +84,8 @@ def read_rows(path: Path, state: tuple[str, ...]) -> Arrays:
     except (InputError, OSError) as error:
         raise InputError(f"{path}: {error}") from None
     find_ends(rows)
+    if "infos/goal_achieved" in rows:
+        rows.setdefault("infos/success", rows["infos/goal_achieved"])
     starts = np.concatenate([[0], np.flatnonzero(rows["ends"])[:-1] + 1])
     rows["first"] = starts[np.cumsum(rows["ends"]) - rows["ends"]]
     return rows

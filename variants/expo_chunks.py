@@ -492,7 +492,7 @@ def evaluate(policies: dict[str, Any], envs: list[gym.Env], args: Args, device: 
                 queue: list[np.ndarray] = []  # the next steps' actions (environments, D): all decide at the same time
                 while running:
                     if not queue:  # Ended episodes keep their row: torch.compile wants batches of one shape.
-                        chunks = act(torch.as_tensor(np.stack(obs), device=device)).cpu().numpy()
+                        chunks = act(torch.as_tensor(np.stack(obs), dtype=torch.float32, device=device)).cpu().numpy()
                         queue = np.split(chunks, chunks.shape[1] // width, axis=1)
                     actions = queue.pop(0)
                     for i, env in list(running.items()):
@@ -519,10 +519,10 @@ class Log:
         size, expected, header = self.file.tell(), state["bytes"], b"step,seconds,key,value\n"
         if old["data_crc32"] != data_crc32 or size < expected or size > len(header) > expected:
             raise OSError(f"{folder}: the data, metrics.csv or checkpoint.pt is missing, or not the one of this run")
-        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --exclude='*' 2>/dev/null"
-        found = (sys.modules.get(name) for name in ("torch", "numpy", "gymnasium", "mujoco"))
-        versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in found if m}
-        start = {"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions}
+        git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --exclude="*"'
+        commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+        versions = {m: sys.modules[m].__version__ for m in "torch numpy gymnasium mujoco".split() if m in sys.modules}
+        start = {"command": sys.argv, "commit": commit, "versions": versions | {"python": platform.python_version()}}
         record = {"script": Path(__file__).stem, "data_crc32": data_crc32, "pid": os.getpid(), "host": platform.node()}
         record |= {"args": vars(args), "starts": [*old["starts"], start]}
         write_whole(path, json.dumps(record, indent=2).encode())
@@ -606,7 +606,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     name = f"{args.task or args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}")
+    folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}-{os.getpid()}")
     env_flags = args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys
     env, eval_envs = make_env(*env_flags), [make_env(*env_flags) for _ in range(min(args.eval_episodes, 20))]
     data = load_dataset(args.dataset, env, args.obs_keys)  # NumPy arrays: obs, actions, rewards, next_obs, terminations
@@ -670,7 +670,7 @@ def main(args: Args) -> None:
             action = 2 * torch.rand(action_dim) - 1
         else:
             if not queue:
-                chunk = agent.on_the_fly_actions(torch.as_tensor(obs, device=device).unsqueeze(0)).squeeze(0).cpu()
+                chunk = agent.on_the_fly_actions(torch.tensor(obs, dtype=torch.float32, device=device)[None])[0].cpu()
                 queue = list(chunk.split(action_dim))
             action = queue.pop(0)
         next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
