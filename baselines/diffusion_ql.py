@@ -65,7 +65,7 @@ class Args:
     threads: int = 0  # CPU threads of torch; 0: torch chooses
     compile: bool = False  # torch.compile: can be faster, the same numbers up to rounding; first use takes a minute
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # lower: faster products (docs/performance.md)
-    run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
+    run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>-<process>
     save_model: bool = False  # write the networks to agent.pt at the end
     capture_video: bool = False  # write a video of each policy's first episode in every evaluation
     track: bool = False  # mirror the log to Weights & Biases (pip install wandb)

@@ -72,7 +72,7 @@ class Args:
     compile: bool = False  # torch.compile: can be faster, the same numbers up to rounding; first use takes a minute
     precision: Literal["float32", "bfloat16"] = "float32"  # of the TD target's candidates; all else stays float32
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # lower: faster products (docs/performance.md)
-    run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>
+    run_dir: str = ""  # folder of the run; default: runs/<task>__<script>__<seed>__<time>-<process>
     save_model: bool = False  # write the networks to agent.pt at the end
     capture_video: bool = False  # write a video of each policy's first episode in every evaluation
     track: bool = False  # mirror the log to Weights & Biases (pip install wandb)
