@@ -81,7 +81,7 @@ def read_results(folders: tuple[Path, ...]) -> Results:
                 raise InputError(f"{path.parent}: {task}, {method}, seed {seed} is there twice; leave one of them out")
             seeds[seed] = read_metrics(path)
             settings = {k: v for k, v in args.items() if f"--{k.replace('_', '-')}" not in GIVEN | NEUTRAL}
-            settings["last step"] = max(curve.steps[-1] for curve in seeds[seed].values())
+            settings["last step"] = max((curve.steps[-1] for curve in seeds[seed].values()), default=0)
             first = first_of.setdefault((task, method), settings)
             if differing := [key for key in first | settings if first.get(key) != settings.get(key)]:
                 print(f"warning: {path.parent} differs from the first seed of {method} in {', '.join(differing)}")

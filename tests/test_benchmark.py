@@ -197,6 +197,9 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     write_results(tmp_path / "cut", "m", {1: [0.0, 1.0], 2: [0.0, 1.0, 1.0]})
     plot.main((tmp_path / "cut",))
     assert "seed2 differs from the first seed of m in last step\n" in capsys.readouterr().out
+    (tmp_path / "cut/maze/m/seed2/metrics.csv").write_text("step,seconds,key,value\n")  # of a run that has just begun
+    plot.main((tmp_path / "cut",))
+    assert "| m | 1 |" in capsys.readouterr().out
     # Single runs are named by their flags. Returns stand in for success.
     write_results(tmp_path, "x", {1: [1.0, 3.0], 2: [1.0, 3.0]}, "eval/return")
     folders = tuple(sorted(tmp_path.glob("maze/x/*")))
