@@ -348,7 +348,7 @@ class Agent(nn.Module):
             choice, bonus = q.argmax(-1), 0.0
         else:  # [ICLR version, Sec. 4.3]
             log_probs = F.log_softmax(args.backup_kappa * q, dim=-1)
-            choice = torch.multinomial(log_probs.exp().nan_to_num(1), 1).squeeze(-1)  # NaN would raise; the log tells
+            choice = torch.multinomial(log_probs.exp().nan_to_num(1), 1).squeeze(-1)  # the log reports NaN
             bonus = -args.backup_alpha * log_probs.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
         next_actions = torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)  # (B, A)
         next_q = self.target_critic.random_min(batch.next_obs, next_actions, args.num_min_critics)  # a fresh subset
@@ -619,7 +619,7 @@ def main(args: Args) -> None:
             save(folder, agent, optimizers, buffer, log, step, episode)
             state["step"] = step
         if due and stop:
-            (eval_envs or [env])[0].close()  # completes its last video
+            (eval_envs or [env])[0].close()  # completes its last video; without evaluations it frees the robot
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
             sys.exit(128 + stop[0])
 

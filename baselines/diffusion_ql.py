@@ -301,7 +301,7 @@ class Agent(nn.Module):
         obs = obs.unsqueeze(-2).expand(*obs.shape[:-1], self.args.num_action_samples, -1)
         candidates = self.actor.sample(obs)  # (..., N, A)
         q = self.target_critic.random_min(obs, candidates, self.args.num_min_critics)  # (..., N)
-        weights = F.softmax(self.args.kappa * q, dim=-1).nan_to_num(1)  # it must not raise for NaN: the log says more
+        weights = F.softmax(self.args.kappa * q, dim=-1).nan_to_num(1)  # the log reports NaN
         choice = torch.multinomial(weights.view(-1, weights.shape[-1]), 1).view(weights.shape[:-1])
         return torch.take_along_dim(candidates, choice[..., None, None], dim=-2).squeeze(-2)
 
@@ -554,7 +554,7 @@ def main(args: Args) -> None:
             save(folder, agent, optimizers, buffer, log, step, episode)
             state["step"] = step
         if due and stop:
-            (eval_envs or [env])[0].close()  # completes its last video
+            (eval_envs or [env])[0].close()  # completes its last video; without evaluations it frees the robot
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
             sys.exit(128 + stop[0])
 

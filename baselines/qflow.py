@@ -495,7 +495,7 @@ def main(args: Args) -> None:
             save(folder, agent, optimizers, buffer, log, step, episode)
             state["step"] = step
         if due and stop:
-            (eval_envs or [env])[0].close()  # completes its last video
+            (eval_envs or [env])[0].close()  # completes its last video; without evaluations it frees the robot
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
             sys.exit(128 + stop[0])
 

@@ -29,14 +29,9 @@ for words in json.loads(sys.argv[1]):
         sys.argv = [*words, *more]
         runpy.run_path(words[0], run_name="__main__")
 """
-FLAGS: dict[str, Any] = {
-    **SMALL,
-    "task": "",
-    "env_id": "InvertedPendulum-v5",
-    "total_timesteps": 50,
-    "save_model": True,
-}
-FLAGS |= {"offline_steps": 5, "eval_every": 25, "log_every": 5, "checkpoint_every": 1, "learning_starts": 0}
+FLAGS: dict[str, Any] = {**SMALL, "task": "", "env_id": "InvertedPendulum-v5", "save_model": True}
+FLAGS |= {"total_timesteps": 50, "offline_steps": 5, "eval_every": 25, "log_every": 5}
+FLAGS |= {"checkpoint_every": 1, "learning_starts": 0}
 
 
 def pasted(source: str) -> str:

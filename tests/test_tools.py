@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -96,11 +97,12 @@ def test_thin(tool, ant_file, tmp_path, monkeypatch):
         assert new.attrs["source"] == "here" and new.attrs["thinned"] == "2 of 4 episodes, seed 0"
     assert "is there already" in tool(data, "thin", ant_file, few, "--episodes", 2)
     assert "has 4" in tool(data, "thin", ant_file, tmp_path / "new.hdf5", "--episodes", 5)
+    file: Any
     with h5py.File(ant_file, "a") as file:
         file["terminals"][5::10] = True  # on the way: the episode goes on, for its steps are shorter than a reset
         file["observations"][...] = np.arange(40)[:, None] + 100 * (np.arange(40)[:, None] // 10)
     assert "keep two or more" in tool(data, "thin", ant_file, tmp_path / "new.hdf5", "--episodes", 1)
-    monkeypatch.setattr(os, "replace", lambda *_: exec("raise OSError(28, 'No space left on device')"))
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "No space left on device")))
     out = tool(data, "thin", ant_file, tmp_path / "new.hdf5", "--episodes", 2)
     assert "cannot be written ([Errno 28] No space left on device)\n" in out
     assert sorted(path.name for path in tmp_path.glob("*.hdf5*")) == ["ant.hdf5", "few.hdf5"]

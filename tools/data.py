@@ -93,12 +93,9 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
     """Writes whole episodes of a D4RL-layout file, drawn at random, to a new file: less data, hence a weaker prior."""
     if out.exists():
         raise InputError(f"{out} is there already; choose another name")
-    if sources.split_count(file)[1]:
-        raise InputError(f"{file}: give the file without a count; --episodes says how many are kept")
     from tools.replay import read_rows
 
-    path = sources.find_file(file)
-    rows = read_rows(path, ())
+    path, rows = sources.find_file(file), read_rows(file, ())
     ends = rows["ends"]
     number = np.cumsum(ends) - ends  # of the episode that each row belongs to
     total = int(number[-1]) + 1
@@ -127,8 +124,8 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Makes a data set, writes it to a file, and prints the file's path."""
-    if min(args.episodes, args.seed, args.processes, args.steps) < 0:
-        raise InputError("--episodes, --seed, --processes and --steps cannot be negative")
+    if min(args.episodes, args.processes, args.steps) < 0:
+        raise InputError("--episodes, --processes and --steps cannot be negative")
     if not args.name.startswith("ogbench-"):
         arrays = demonstrations.generate(args.name, args.episodes, args.seed)
         episodes = int((arrays["terminals"] | arrays["timeouts"]).sum())

@@ -1,6 +1,5 @@
 """How well the rows of a D4RL file and a task's simulator agree: `python tools/data.py replay FILE --task NAME`."""
 
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -43,9 +42,7 @@ def replay(file: str, task: str, count: int = 2_000, seed: int = 0) -> dict[str,
     if task not in TASKS or not kind:
         known = ", ".join(name for name in TASKS if name.startswith(("antmaze", "adroit")))
         raise InputError(f"--task {task!r}: only these can be set to the state of a row: {known}")
-    if split_count(file)[1]:
-        raise InputError(f"{file}: give the file without a count; --rows says how many rows are tried")
-    rows = read_rows(find_file(file), STATES[kind])
+    rows = read_rows(file, STATES[kind])
     env = make_env(TASKS[task].env_id, task)
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if rows[key].shape[1:] != space.shape:
@@ -73,8 +70,11 @@ def replay(file: str, task: str, count: int = 2_000, seed: int = 0) -> dict[str,
     return {key: np.array(values) for key, values in result.items()}
 
 
-def read_rows(path: Path, state: tuple[str, ...]) -> Arrays:
-    """Checked flat arrays of a file, its `state` arrays, and the first row of the episode of every row."""
+def read_rows(name: str, state: tuple[str, ...]) -> Arrays:
+    """Checked flat arrays of a whole file, its `state` arrays, and the first row of the episode of every row."""
+    path = find_file(name)
+    if split_count(name)[1]:
+        raise InputError(f"{name}: give the file without a count; all of its episodes are read")
     try:
         rows = read(path)
         if state:
@@ -84,8 +84,6 @@ def read_rows(path: Path, state: tuple[str, ...]) -> Arrays:
     except (InputError, OSError) as error:
         raise InputError(f"{path}: {error}") from None
     find_ends(rows)
-    if "infos/goal_achieved" in rows:
-        rows.setdefault("infos/success", rows["infos/goal_achieved"])
     starts = np.concatenate([[0], np.flatnonzero(rows["ends"])[:-1] + 1])
     rows["first"] = starts[np.cumsum(rows["ends"]) - rows["ends"]]
     return rows

@@ -109,8 +109,6 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
     """
     check(arrays)
     find_ends(arrays)
-    if "infos/goal_achieved" in arrays:
-        arrays.setdefault("infos/success", arrays.pop("infos/goal_achieved"))
     if relabel is not None:
         arrays = relabel(arrays)
     n, ends, terminals = len(arrays["rewards"]), arrays["ends"], arrays["terminals"].astype(bool)
@@ -134,7 +132,9 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
 
 
 def find_ends(arrays: Arrays) -> None:
-    """Adds `ends` (n,) bool where it is missing. D4RL's AntMaze goes on after a terminal row: that ends no episode."""
+    """Adds `ends` (n,) bool, and one name for success. D4RL's AntMaze goes on after a terminal row: no episode ends."""
+    if "infos/goal_achieved" in arrays:
+        arrays.setdefault("infos/success", arrays.pop("infos/goal_achieved"))
     terminals = arrays["terminals"].astype(bool)
     timeouts = arrays.get("timeouts", np.zeros(len(terminals))).astype(bool)
     if "masks" in arrays:  # OGBench's word for "not terminal": its `terminals` end a trajectory for whatever reason
