@@ -163,12 +163,12 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
 
 
 def differences(shown: dict[str, dict[int, Curve]], less: str, base: dict[str, dict[int, Curve]]) -> str:
-    """How far every method is above the method `less`, seed by seed. own_base: above its base policy at step 0."""
+    """How far every method is above the method `less`, seed by seed. docs/benchmark.md explains own_base."""
     measures = {"first": lambda c: c.values[0], "lowest": lambda c: c.values.min(), "area": area, "final": final}
     rows = []
     for method, by_seed in shown.items():
         starts = {seed: Curve(*(column[:1] for column in curve)) for seed, curve in base[method].items()}
-        others = starts if less == "own_base" else shown[less]
+        others = {"own_base": starts, "own_base_now": base[method]}.get(less) or shown[less]
         if method != less and (seeds := by_seed.keys() & others.keys()):
             found = [np.array([f(by_seed[s]) - f(others[s]) for s in sorted(seeds)]) for f in measures.values()]
             rows.append([method, str(len(seeds)), *(interval(values, "+") for values in found)])
@@ -240,7 +240,7 @@ def main(
         per_seed: also print every evaluation of every seed.
         metrics: other keys of metrics.csv to show, for example edit/alpha.
         methods: show only these methods.
-        less: also print how far all methods are above this one, seed by seed; own_base: above their own base policies.
+        less: also print how far all methods are above this one, or above own_base, own_base_now (docs/benchmark.md).
         marks: vertical lines in the figure, at these environment steps.
     """
     found, shown, keys = read_results(results), {}, {}
@@ -255,7 +255,7 @@ def main(
         shown[task] = {name: by_seed for name, by_seed in parts.items() if by_seed}
         if not shown[task]:
             raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")
-        if less and less not in (*shown[task], "own_base"):
+        if less and less not in (*shown[task], "own_base", "own_base_now"):
             raise InputError(f"--less {less}: {task} shows no such method (it shows {', '.join(shown[task])})")
         solved = ("eval/solved_share",) if task.startswith("adroit") else ()  # the metric of the paper there
         print(f"\n{task}, {key}\n\n{table(shown[task], success, by_method, (*solved, *metrics))}")

@@ -158,7 +158,8 @@ def write_results(folder: Path, method: str, seeds: dict[int, list[float]], key:
         place.mkdir(parents=True)
         lines = ["step,seconds,key,value", "-10,1.0,losses/critic,0.5", f"-5,2.0,{key},1.0"]
         for i, value in enumerate(values):
-            lines += [f"{100 * i},{10 + i}.0,{key},{value}", f"{100 * i},{10 + i}.0,eval/base_success_rate,0.1"]
+            base = 0.3 if i else 0.1
+            lines += [f"{100 * i},{10 + i}.0,{key},{value}", f"{100 * i},{10 + i}.0,eval/base_success_rate,{base}"]
         (place / "metrics.csv").write_text("\n".join(lines) + "\n")
         start = {"command": ["s.py", "--seed", str(seed), "--utd-ratio", "2", "--threads", "1"], "commit": "c"}
         record = {"script": "s", "args": {"task": "", "env_id": "E", "seed": seed}, "starts": [start]}
@@ -184,6 +185,8 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     assert re.search(r"\| expo_flow \| 2 \| \+0.00 \(.*\| \+0.74 \(\+0.64 to \+0.84\) \|\n", out)
     plot.main((tmp_path,), less="own_base")  # .1 before the first step, in every run
     assert re.search(r"\| expo_flow \| 3 \| -0.10 \(.*\| \+0.74 \(\+0.74 to \+0.74\) \|\n", capsys.readouterr().out)
+    plot.main((tmp_path,), less="own_base_now")  # .3 at every later step
+    assert re.search(r"\| expo_flow \| 3 \| -0.10 \(.*\| \+0.54 \(\+0.54 to \+0.54\) \|\n", capsys.readouterr().out)
     assert "| base_alone | 3 | 0.10 (0.10" in out  # its base policy, not the choice of untrained critics
     assert "| 10 | 0.00 0.50 0.80 0.90 1.00 1.00 |" in out and (tmp_path / "out.png").stat().st_size > 10_000
     values = np.random.default_rng(1).random((5, 3))
