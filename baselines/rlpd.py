@@ -55,7 +55,7 @@ class Args:
     # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
-    env_id: str = ""  # your environment: a Gymnasium id with continuous actions; needs --dataset, no --task or laptop
+    env_id: str = ""  # your own environment, a Gymnasium id; it needs --dataset, and no --task (or --task laptop)
     dataset: tuple[str, ...] = ()  # offline data: files, or words such as d4rl:NAME (docs/data.md); several are joined
     obs_keys: tuple[str, ...] = ()  # robomimic's observations to use, in this order; other data ignores it
     seed: int = 1  # seeds networks, exploration, batches, resets and evaluation
@@ -83,7 +83,7 @@ class Args:
     offline_steps: int = 0  # updates on offline rows alone, before the first environment step; published: none
     utd_ratio: int = 20  # U, critic updates per environment step; the actor is updated once, on the last slice
     batch_size: int = 256  # B, rows of a slice, the batch of one critic update
-    offline_ratio: float = 0.5  # share of offline rows in every slice (0.5: symmetric sampling)
+    offline_ratio: float = 0.5  # share of offline rows in every slice; 0.5 is symmetric sampling
     gamma: float = 0.99  # discount per action
     init_alpha: float = 1.0  # first entropy temperature [rlpd code]
     backup_entropy: bool = False  # entropy in the TD target; published: off on AntMaze and Adroit, on for locomotion
@@ -425,11 +425,10 @@ def main(args: Args) -> None:
     name = f"{args.task or args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}-{os.getpid()}")
     env_flags = args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys
-    env, eval_envs = make_env(*env_flags), [make_env(*env_flags) for _ in range(min(args.eval_episodes, 20))]
+    env, modes = make_env(*env_flags), ["rgb_array" if args.capture_video else None, *[None] * 19]
+    eval_envs = [make_env(*env_flags, render_mode=mode) for mode in modes[: args.eval_episodes]]
     data = load_dataset(args.dataset, env, args.obs_keys)  # NumPy arrays: obs, actions, rewards, next_obs, terminations
     obs_dim, action_dim = data[0].shape[1], data[1].shape[1]
-    if args.capture_video:
-        eval_envs[0] = make_env(*env_flags, render_mode="rgb_array")
 
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
@@ -466,10 +465,10 @@ def main(args: Args) -> None:
             log.write(step)
         due = between_episodes and (stop or step - state["step"] >= args.checkpoint_every)
         if due or step == args.total_timesteps:
-            save(folder, agent, optimizers, buffer, log, step, episode)
+            save(folder, agent, optimizers, buffer, log, step, episode + (not between_episodes))
             state["step"] = step
         if due and stop:
-            (eval_envs or [env])[0].close()  # completes its last video; without evaluations it frees the robot
+            [one.close() for one in (env, *eval_envs)]  # completes the last video, and frees a robot
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
             sys.exit(128 + stop[0])
 
@@ -496,9 +495,10 @@ def main(args: Args) -> None:
             obs, episodic_return = env.reset(seed=episode_seed(args.seed, 0, episode))[0], 0.0
         finish(step, terminated or truncated)
     if args.save_model:
-        torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, folder / "agent.pt")
-    (eval_envs or [env])[0].close()
-    print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps}")
+        torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, content := io.BytesIO())
+        write_whole(folder / "agent.pt", content.getvalue())
+    [one.close() for one in (env, *eval_envs)]
+    print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps or 1000}")
 
 
 if __name__ == "__main__":

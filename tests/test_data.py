@@ -276,8 +276,9 @@ def test_printed_lines(tmp_path, capsys):
 def test_problems():
     """A7: what a run prints at its start, and `inspect` too."""
     obs, env = np.random.default_rng(0).normal(size=(41, 2)).cumsum(axis=0), make_env("Pendulum-v1", "", 15)
-    good = Transitions(obs[:-1], obs[1:, :1], obs[1:, 0], obs[1:], np.zeros(40))
-    two, jump = [[0, 20], [20, 40]], obs[1:] + 500 * (np.arange(80).reshape(40, 2) == 15)
+    following = obs[1:] + 0.01 * np.isin(np.arange(40), (14, 19, 29))[:, None]  # before the resets
+    good = Transitions(obs[:-1], obs[1:, :1], obs[1:, 0], following, np.zeros(40))
+    two, jump = [[0, 20], [20, 40]], following + 500 * (np.arange(80).reshape(40, 2) == 15)
     cut, limited = good._replace(terminations=np.arange(40) % 15 == 14), [[0, 15], [15, 30], [30, 40]]
     for rows, episodes, there, words in (
         (good, two, None, []),
@@ -286,7 +287,12 @@ def test_problems():
         (good, [[0, 40]], None, ["one single episode: are the 'timeouts' missing?"]),
         (good._replace(next_obs=jump), two, None, ["1 transitions jump, up to"]),
         (good._replace(next_obs=jump, terminations=np.arange(40) == 7), two, None, []),  # it needs no successor
-        (good._replace(next_obs=np.vstack([obs[:3], obs[4:]])), two, None, ["3 transitions do not change"]),
+        (good._replace(next_obs=np.vstack([obs[:3], following[3:]])), two, None, ["3 transitions do not change"]),
+        (good._replace(next_obs=obs[1:]), two, None, ["1 episodes end with the first observation of the next"]),
+        (good._replace(next_obs=obs[1:], terminations=np.arange(40) == 19), two, None, []),  # it needs no successor
+        (good._replace(terminations=np.arange(40) % 20 < 11), two, None, ["most rows are terminal"]),
+        (good._replace(actions=np.linspace(-0.4, 0.4, 40)[:, None]), limited, env, []),  # scaled from bounds of +-2
+        (good._replace(actions=np.linspace(-0.5, 0.5, 40)[:, None]), limited, env, ["all actions are in [-1, 1]"]),
         (good._replace(actions=np.zeros((40, 2))), two, None, ["constant action dimensions: 0, 1"]),
     ):
         problems = find_problems(Dataset(rows, np.array(episodes), None, 0), there)

@@ -1,9 +1,12 @@
 """The command line: a task's settings under explicit flags, help in groups, and one line for what is wrong."""
 
+import dataclasses
 import importlib
 import inspect
 import itertools
+import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -92,6 +95,7 @@ WRONG |= {"--seed 1.5": "--seed", "--backup soft": "--backup", "--device tpu": "
 WRONG |= {"pointmaze-umaze": "pointmaze-umaze", "--task pointmaze-mediun": "did you mean 'pointmaze-medium'"}
 WRONG |= {"--task pointmaze-umaze --env-id Pusher-v5": "without --task", "--env-id Pusher-v5": "--dataset is missing"}
 WRONG |= {"--task= --dataset a.hdf5": "--env-id is empty", "--resume /nowhere": "--resume /nowhere"}
+WRONG |= {"--resume=": "--resume is empty", "--resume EMPTY": "--resume is empty"}
 WRONG |= {"--learning-starts 600": "--total-timesteps must exceed --learning-starts"}
 WRONG |= {"--capture-video --eval-episodes 0": "--eval-episodes of at least 1"}
 WRONG |= {"--track": "pip install wandb", "--device cuda": "finds no CUDA", "--compile": "Python.h"}
@@ -104,6 +108,25 @@ def test_what_cannot_be_is_refused(line, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("utils.tasks.get_path", lambda _: "/nowhere")
     assert WRONG[line] in refused(line, CLASSES["baselines.qflow" if "lambda" in line else "expo_finetune"])
+
+
+def test_the_same_command_resumes_a_run_of_the_laptop_preset(tmp_path):
+    line = "--task laptop --env-id Pusher-v5 --dataset a.hdf5"
+    record = {"args": vars(parse(line)), "script": "expo_diffusion", "starts": [{"command": sys.argv}]}
+    (tmp_path / "args.json").write_text(json.dumps(record | {"host": "another", "pid": 0}))
+    expected = dataclasses.replace(parse(line), resume=str(tmp_path), run_dir=str(tmp_path))
+    assert parse(f"{line} --resume {tmp_path}") == parse(f"--resume {tmp_path}") == expected
+    assert "--task, --env-id cannot change" in refused(f"--task pointmaze-umaze --env-id a --resume {tmp_path}")
+
+
+@dataclasses.dataclass
+class Own(Args):
+    idea: float = 2.0  # weight of a new loss
+
+
+def test_flags_can_be_inherited():
+    args = parse("--idea 3 --utd-ratio 2", Own)
+    assert (args.idea, args.utd_ratio, args.hidden_dim) == (3, 2, 64)  # the last one is the task's
 
 
 def test_a_script_in_its_own_process_ends_with_one_line_and_exit_code_2(tmp_path):

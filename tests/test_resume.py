@@ -126,6 +126,7 @@ def no_larger_files() -> None:
 
 NO_SPACE = "error: [Errno 28] No space left on device"
 ENDS = [("part", 4, full_disk, 2, NO_SPACE), ("row", 60, full_disk, 2, NO_SPACE)]
+ENDS += [("part", 7, full_disk, 2, NO_SPACE)]  # of agent.pt
 ENDS += [("draw", 20, no_larger_files, 2, "error: [Errno 27] File too large")]
 ENDS += [("step", 19, send(signal.SIGINT, signal.SIGINT), 130, "step 0, ")]  # a second signal does not wait
 
@@ -133,7 +134,7 @@ ENDS += [("step", 19, send(signal.SIGINT, signal.SIGINT), 130, "step 0, ")]  # a
 @pytest.mark.parametrize("kind, number, act, code, last_line", ENDS)
 def test_an_end_at_once_leaves_the_last_checkpoint(kind, number, act, code, last_line, untouched, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    assert run(expo_diffusion, words_for(expo_diffusion, run_dir), log, at(kind, number, act)) == code
+    assert run(expo_diffusion, words_for(expo_diffusion, run_dir, save_model=True), log, at(kind, number, act)) == code
     output = log.read_text()
     assert output.splitlines()[-1].startswith(last_line) and "Traceback" not in output
     assert run(expo_diffusion, ["--resume", str(run_dir)], log) == 0
@@ -224,6 +225,7 @@ def test_a_complete_run_is_resumed_to_nothing_or_to_a_longer_one(copied, untouch
     longer = read_state(copied)
     assert longer["step"] == len(longer["rows"][0]) == 40
     assert all(torch.equal(new[:26], old) for new, old in zip(longer["rows"], state["rows"], strict=True))
+    assert not torch.equal(longer["rows"][0][26], state["rows"][0][21])  # the episode after the one that was cut
     assert (copied / "metrics.csv").read_bytes().startswith(before["metrics.csv"])
     evaluated = [step for step, key, _ in read_metrics(copied) if key == "eval/return"]
     assert evaluated == [0, 9, 18, 26, 30, 40]

@@ -98,8 +98,8 @@ REFUSED = [
     ({"actions": RuntimeError("no such robot")}, f"RuntimeError: no such robot ({__file__}:"),
 ]
 STEPS = [
-    ((np.zeros(2), {}, ONE), "the reward has shape (2,); one number is needed"),
-    ((np.nan, {}, ONE), "the reward is nan"),
+    ((np.zeros(2), {}, ONE), "the reward is [0. 0.]; one finite number is needed"),
+    ((np.nan, {}, ONE), "the reward is nan; one finite number is needed"),
     ((0.0, {}, ONE * np.nan), "the observation is not finite in dimension 0"),
     ((0.0, {}, np.zeros(2)), "the observation has shape (2,), its space (1,)"),
     ((0.0, {}, KeyError("torque")), f"KeyError: 'torque' ({__file__}:{inspect.getsourcelines(Scripted.step)[1] + 3})"),

@@ -124,7 +124,7 @@ BAD = """
  | --help shows
 inspect nowhere.hdf5 | nowhere.hdf5: no such file
 inspect nowhere.hdf5 --task antmaze | --task 'antmaze' is unknown (known: laptop, pointmaze-umaze
-thin tests/test_tools.py new.hdf5 --episodes 2 | not a complete HDF5 file
+thin tests/test_tools.py new.hdf5 --episodes 2 | not a complete npz or HDF5 file
 download nothing | neither a task nor a word
 generate ogbench-cube-billion | is unknown
 generate pointmaze-umaze --episodes -1 | cannot be negative

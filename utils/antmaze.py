@@ -83,8 +83,6 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
     def step(self, action):
         self.do_simulation(MAX_TORQUE * np.clip(action, -1, 1), self.frame_skip)
         success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
-        if self.render_mode == "human":
-            self.render()
         return self.state_vector(), float(success), success, False, {"success": success}
 
     def reset_model(self) -> np.ndarray:

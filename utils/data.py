@@ -82,7 +82,7 @@ def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] =
         from demonstrations import demonstrations
 
         return demonstrations(path.partition(":")[2], env)
-    kind = "npz" if zipfile.is_zipfile(path) else "HDF5"
+    kind = "npz" if zipfile.is_zipfile(path) else "HDF5" if h5py.is_hdf5(path) else "npz or HDF5"
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
             keys = {str(key).rstrip("0123456789") for key in file}

@@ -81,11 +81,9 @@ class ActionRepeat(gym.Wrapper):
     def step(self, action):
         total, said = 0.0, []  # whatever the environment says about success
         for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            reward = np.asarray(reward)
-            if reward.size != 1:
-                raise InputError(f"the reward has shape {reward.shape}; one number is needed")
-            total += float(reward.reshape(()))
+            obs, reward, *ended, info = self.env.step(action)
+            terminated, truncated = (bool(float(end)) for end in ended)
+            total = total + np.asarray(reward, float).squeeze()
             said += [bool(np.any(info[key])) for key in ("success", "is_success", "goal_achieved") if key in info]
             if terminated or truncated:
                 break
@@ -111,14 +109,16 @@ class Checked(gym.Wrapper):
     def checked(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """What `function` of the environment returns: an observation first, and a reward if there are five values."""
         try:
+            if args and not np.isfinite(args[0]).all():
+                raise InputError("the action is not finite, so the networks are not; lower the learning rates")
             obs, *rest = function(*args, **kwargs)
             obs = np.asarray(obs, np.float32)
             if obs.shape != self.observation_space.shape:
                 raise InputError(f"the observation has shape {obs.shape}, its space {self.observation_space.shape}")
             if not np.isfinite(obs).all():
                 raise InputError(f"the observation is not finite in dimension {np.isfinite(obs).argmin()}")
-            if len(rest) == 4 and not np.isfinite(rest[0]):
-                raise InputError(f"the reward is {rest[0]}")
+            if len(rest) == 4 and (np.size(rest[0]) != 1 or not np.isfinite(rest[0])):
+                raise InputError(f"the reward is {rest[0]}; one finite number is needed")
             return obs, *rest
         except Exception as error:
             name = self.spec.id if self.spec else type(self.unwrapped).__name__

@@ -3,7 +3,6 @@
 import inspect
 import json
 from collections.abc import Sequence
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,23 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
-from utils import InputError, reason
+from utils import reason
 from utils.arrays import Dataset
 from utils.sources import find_file
 
 
 def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
-    """How the environment that a file was recorded in differs from `env`. Minari and robomimic write it down."""
+    """How the environment that a file was recorded in differs from `env`. Minari writes it down."""
     if not h5py.is_hdf5(path) or env.spec is None:
         return []
     try:
         with h5py.File(path, "r") as file:
-            said: dict[str, Any] = {**file.attrs, **(file["data"].attrs if "data" in file else {})}
+            said: dict[str, Any] = dict(file.attrs)
         beside = path.with_name("metadata.json")  # Minari's since 0.5
-        said |= json.loads(beside.read_text()) if beside.exists() else {}
-        there, robomimic = (json.loads(said.get(key) or "{}") for key in ("env_spec", "env_args"))
-    except ValueError as error:
-        raise InputError(f"{path}: what it says about its environment cannot be read ({reason(error)})") from None
+        said |= json.loads(beside.read_text()) if path.name == "main_data.hdf5" and beside.exists() else {}
+        there = dict(json.loads(said.get("env_spec") or "{}"))
+    except (ValueError, TypeError) as error:
+        return [f"{path}: what it says about its environment cannot be read ({reason(error)})"]
     lines, repeat = [], env.get_wrapper_attr("repeat")
     if there.get("id", env.spec.id) != env.spec.id:
         lines.append(f"recorded in {there['id']}, the task is {env.spec.id}")
@@ -37,9 +36,6 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
     lines += [f"recorded with another {key} than the task's" for key in different if there]
     if there and repeat > 1:
         lines.append(f"a row is one step of {there.get('id')}, but an action of the task lasts {repeat} steps")
-    version = robomimic.get("env_version")
-    if version and util.find_spec("robosuite") and version != metadata.version("robosuite"):
-        lines.append(f"recorded with robosuite {version}, another one is installed")
     return lines
 
 
@@ -49,27 +45,30 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     files = [find_file(spec) for spec in specs if not spec.startswith("generated:")]
     problems = [line for file in files for line in recorded_elsewhere(file, env)] if env is not None else []
     limit = (env.spec.max_episode_steps if env is not None and env.spec else None) or np.inf
-    ends = rows.terminations[data.episodes[lengths == limit, 1] - 1]  # of the episodes that the limit may have cut
+    ends = rows.terminations[data.episodes[lengths == limit - (data.dropped > 0), 1] - 1]  # the limit may have cut here
     steps = np.abs(rows.next_obs - rows.obs)
     steps[rows.terminations > 0] = 0
     usual = np.quantile(steps, 0.95, axis=0)  # within an episode, simulators seldom exceed five times this
     jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(rows.obs, axis=0))  # other dimensions hardly ever change
-    if jumps.any():
-        place = (jumps * steps / (usual + 1e-30)).max(axis=0).argmax()
-        size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
-        problems.append(f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?")
+    place = (jumps * steps / (usual + 1e-30)).max(axis=0).argmax()
+    size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
+    constant = np.flatnonzero(np.ptp(rows.actions, axis=0) == 0)
     still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
-    for wrong, problem in (
+    last = data.episodes[:-1, 1] - 1  # the last row of every episode that another one follows
+    reset = ((rows.next_obs[last] == rows.obs[last + 1]).all(axis=1) & (rows.terminations[last] == 0)).sum()
+    bounds = env.get_wrapper_attr("native_spaces")[1].high.reshape(-1) if env is not None else np.ones(1)
+    divided = bounds.min() > 1 and 0.99 < (np.abs(rows.actions) * bounds).max() < 1.01  # by their bounds, low = -high
+    possible = (
+        (jumps.any(), f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?"),
+        (constant.size, f"constant action dimensions: {', '.join(map(str, constant))}"),
         (lengths.max() > limit, f"{sum(lengths > limit)} episodes exceed the limit of {limit}, up to {lengths.max()}"),
         (ends.size and ends.all(), f"every episode of {limit} steps ends terminal: are time limits in 'terminals'?"),
         (len(lengths) == 1 and len(rows.obs) > 1, "one single episode: are the 'timeouts' missing?"),
-        ((lengths == 1).any(), f"{sum(lengths == 1):,} episodes of one transition"),
+        (reset, f"{reset:,} episodes end with the first observation of the next: was it recorded after the reset?"),
+        (divided, "all actions are in [-1, 1], and the bounds are wider: must they be multiplied by the bounds?"),
+        (rows.terminations.mean() > 0.5 and lengths.mean() > 2, "most rows are terminal: are 'masks' upside down?"),
         (still.mean() > 0.01, f"{still.sum():,} transitions do not change the observation"),
         (np.ptp(rows.rewards) == 0, f"every reward is {rows.rewards[0]:g}"),
         (success is not None and not success.any(), "no successful episode"),
-    ):
-        problems += [problem] if wrong else []
-    for name, array in (("observation", rows.obs), ("action", rows.actions)):
-        constant = np.flatnonzero(np.ptp(array, axis=0) == 0)
-        problems += [f"constant {name} dimensions: {', '.join(map(str, constant))}"] if len(constant) else []
-    return problems
+    )
+    return problems + [problem for wrong, problem in possible if wrong]

@@ -152,6 +152,8 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
         if same_machine and record["pid"] != os.getpid() and process.exists() and started[0] in process.read_text():
             raise InputError(f"--resume {run_dir}: process {record['pid']} is still writing it; stop that one first")
         flags.update({key: saved[key] for key in flags if key in saved}, resume=run_dir, run_dir=run_dir)
+    elif any(word.startswith("--resume") for word in argv):
+        raise InputError("--resume is empty; it needs the folder of a run")
     elif name in TASKS:
         settings = TASKS[name].settings | (TASKS[name].finetune if "pretrained" in flags else {})
         flags.update({key: settings[key] for key in flags if key in settings})
@@ -160,12 +162,12 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
         close = "".join(f"; did you mean {word!r}?" for word in difflib.get_close_matches(name, TASKS, 1))
         raise InputError(f"--task {name!r} is unknown{close} (known: {', '.join(TASKS)})")
     args = read_flags(default, argv, description)
+    if name in TASKS and not TASKS[name].env_id:  # "laptop": sizes alone
+        args.task, flags["task"] = "", flags["task"] if run_dir else ""
     changed = [f"--{key.replace('_', '-')}" for key in flags if vars(args)[key] != flags[key] and key not in CHANGEABLE]
     if run_dir and changed:
         raise InputError(f"--resume {run_dir}: {', '.join(changed)} cannot change; start a new run for that")
-    if name and not flags["env_id"]:  # "laptop": sizes alone
-        args.task = ""
-    elif name and "--env-id" in changed:
+    if flags["task"] and "--env-id" in changed:
         raise InputError(f"--task {name} is {flags['env_id']}; give --env-id and --dataset without --task")
     check_flags(vars(args))
     return args
@@ -174,7 +176,8 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
 def read_flags(default: Any, argv: list[str], description: str | None) -> Any:
     """tyro's answer. In --help the flags stand in groups, one for every comment line `# ---- NAME` of the class."""
     hints, parts, title = get_type_hints(type(default)), {}, "the flags"
-    for line in map(str.strip, inspect.getsource(type(default)).splitlines()):
+    source = "".join(map(inspect.getsource, type(default).__mro__[-2::-1]))  # what it inherits comes first
+    for line in map(str.strip, source.splitlines()):
         name, text = line.partition(":")[0], line.partition("  # ")[2]
         title = line.strip("# -") if line.startswith("# ----") else title
         if name in hints:
@@ -189,7 +192,7 @@ def read_flags(default: Any, argv: list[str], description: str | None) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [re.sub("[│─╭╮╰╯]+", " ", line).strip() for line in box.getvalue().splitlines()[1:]]
+        lines = [re.sub("[│─╭╮╰╯]+|-{9,}", " ", line).strip() for line in box.getvalue().splitlines()[1:]]
         message = "\n".join(lines).partition("\n\n")[0].replace("\n", " ")  # up to the first rule
         raise InputError(f"{message.rstrip('.')} (--help shows all flags)") from None
     return type(default)(**{name: value for part in vars(answer).values() for name, value in vars(part).items()})
