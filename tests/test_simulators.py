@@ -122,9 +122,11 @@ def test_bad_environments():
         with pytest.raises(InputError) as error:
             env.step(ONE)
         assert str(error.value) == f"environment 'Scripted-v0', step 2 of an episode: {words}"
-    gym.register("Dark-v0", lambda render_mode: Scripted(), max_episode_steps=5)  # pyright: ignore
-    with pytest.raises(InputError, match="no pictures: its `render_mode` must be 'rgb_array'"):
-        make_env("Dark-v0", render_mode="rgb_array")
+    blind = type("Blind", (Scripted,), {"render": gym.Env.render, "render_mode": "rgb_array"})
+    for env_id, make in (("Dark-v0", Scripted), ("Blind-v0", blind)):
+        gym.register(env_id, lambda render_mode, make=make: make(), max_episode_steps=5)  # pyright: ignore
+        with pytest.raises(InputError, match="no pictures: its `render_mode` must be 'rgb_array'"):
+            make_env(env_id, render_mode="rgb_array")
 
 
 @pytest.mark.parametrize("number", [np.float16, np.float32, np.float64])
@@ -211,9 +213,9 @@ def test_antmaze_ends_at_the_goal_and_not_at_a_fall():
     ant.set_state(np.array([0, 0, 0.75, 0, 1, 0, 0, *ant.init_qpos[7:]]), np.zeros(14))  # on its back
     assert [env.step(np.zeros(8, np.float32))[2:4] for _ in range(9)] == [(False, False)] * 8 + [(False, True)]
     rows = {"rewards": np.array([0, 1], np.float32), "terminals": np.array([0, 1])}
-    assert ant.relabel(rows)["infos/success"].tolist() == [False, True]
+    assert ant.relabel_rows(rows)["infos/success"].tolist() == [False, True]
     with pytest.raises(InputError, match="shifts them"):
-        ant.relabel({**rows, "rewards": np.array([-1, 0], np.float32)})
+        ant.relabel_rows({**rows, "rewards": np.array([-1, 0], np.float32)})
 
 
 @pytest.mark.parametrize("name", ["pen", "door", "relocate", "hammer"])
@@ -242,7 +244,7 @@ def test_adroit_success_is_read_off_the_observation(name):
 
 def test_adroit_rows_are_relabelled():
     """By hand: two episodes of three hinge angles. A row's success is that of the state after it."""
-    obs, relabel = np.zeros((6, 39)), task_env("adroit-door-binary").get_wrapper_attr("relabel")
+    obs, relabel = np.zeros((6, 39)), task_env("adroit-door-binary").get_wrapper_attr("relabel_rows")
     obs[:, 28] = [0.0, 1.4, 1.4, 0.0, 0.0, 1.4]
     arrays = {"observations": obs, "actions": np.zeros((6, 28)), "rewards": np.arange(6.0)}
     arrays |= {"terminals": np.arange(6) == 2, "timeouts": np.arange(6) == 5}

@@ -34,7 +34,7 @@ class AdroitBinary(gym.Wrapper):
         obs, _, _, truncated, info = self.env.step(action)
         return obs, float(info["success"]), False, truncated, info
 
-    def relabel(self, arrays: Arrays) -> Arrays:
+    def relabel_rows(self, arrays: Arrays) -> Arrays:
         """D4RL's arrays with this task's rewards: success after the row's step, recomputed where the file lacks it.
 
         A dropped pen ends D4RL's episode, but not ours: with rewards of -1 that would pay. Such rows end by time here.

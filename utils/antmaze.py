@@ -93,7 +93,7 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
         return self.state_vector()
 
-    def relabel(self, arrays: Arrays) -> Arrays:
+    def relabel_rows(self, arrays: Arrays) -> Arrays:
         """D4RL's rows as they are; the file's terminals are its successes."""
         if arrays["rewards"].min() < 0:
             raise InputError("AntMaze rewards below 0: D4RL's are 0 and 1, and the task itself shifts them by -1")

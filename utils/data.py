@@ -38,12 +38,12 @@ def load_dataset(specs: Sequence[str], env: gym.Env, obs_keys: Sequence[str] = (
 def read_dataset(specs: Sequence[str], env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Dataset:
     """Everything that `specs` (paths, or words as in docs/data.md) name, joined; an InputError names a bad file.
 
-    The rows must fit `env`. Its task may change their rewards and ends (`relabel`), and actions are rescaled from its
+    The rows must fit `env`. Its task may change their rewards and ends (`relabel_rows`). Actions are rescaled from its
     bounds to [-1, 1]. None reads the files alone. `obs_keys` chooses observations where a file has several.
     """
     if not specs:
         raise InputError("no data: name it with --dataset (a file, d4rl:NAME, minari:ID, ...; see docs/data.md)")
-    relabel = env.get_wrapper_attr("relabel") if env is not None and env.has_wrapper_attr("relabel") else None
+    relabel = env.get_wrapper_attr("relabel_rows") if env is not None and env.has_wrapper_attr("relabel_rows") else None
     parts: list[Dataset] = []
     for spec in specs:
         name, count = split_count(spec)

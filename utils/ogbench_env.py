@@ -27,7 +27,7 @@ class SingleTask(gym.Wrapper):
             renderer.close()
         super().close()
 
-    def relabel(self, arrays: Arrays) -> Arrays:
+    def relabel_rows(self, arrays: Arrays) -> Arrays:
         """Rewards, terminals and success of this task, from the states in the file, by the package's own rule."""
         from ogbench.relabel_utils import relabel_dataset  # pyright: ignore[reportMissingImports]
 

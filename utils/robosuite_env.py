@@ -79,7 +79,7 @@ class Robosuite(gym.Env):
             if recorded.get(key, value) not in (value, [value]):
                 raise InputError(f"it was recorded with {key} {recorded[key]}; the task has {value}")
 
-    def relabel(self, arrays: Arrays) -> Arrays:
+    def relabel_rows(self, arrays: Arrays) -> Arrays:
         """Demonstrations up to their first success, which is terminal; what follows it cannot happen here."""
         success, ends = arrays["infos/success"].astype(bool), arrays["ends"]
         before = np.cumsum(success) - success  # successes before this row, those of earlier episodes included
