@@ -168,7 +168,7 @@ def differences(shown: dict[str, dict[int, Curve]], less: str, base: dict[str, d
     rows = []
     for method, by_seed in shown.items():
         starts = {seed: Curve(*(column[:1] for column in curve)) for seed, curve in base[method].items()}
-        others = {"own_base": starts, "own_base_now": base[method]}.get(less) or shown[less]
+        others = shown.get(less, starts if less == "own_base" else base[method])
         if method != less and (seeds := by_seed.keys() & others.keys()):
             found = [np.array([f(by_seed[s]) - f(others[s]) for s in sorted(seeds)]) for f in measures.values()]
             rows.append([method, str(len(seeds)), *(interval(values, "+") for values in found)])
