@@ -587,7 +587,7 @@ def main(args: Args) -> None:
     folder = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_').replace(':', '_')}-{os.getpid()}")
     env_flags = args.env_id, args.task, args.max_episode_steps, args.action_repeat, args.obs_keys
     env, modes = make_env(*env_flags), ["rgb_array" if args.capture_video else None, *[None] * 19]
-    eval_envs = [make_env(*env_flags, render_mode=mode) for mode in modes[: args.eval_episodes]]
+    eval_envs = [make_env(*env_flags, render_mode=mode) for mode in modes[: args.eval_episodes]]  # 20 at most
     data = load_dataset(args.dataset, env, args.obs_keys)  # NumPy arrays: obs, actions, rewards, next_obs, terminations
     obs_dim, action_dim = data[0].shape[1], data[1].shape[1]
 
