@@ -284,7 +284,7 @@ def test_runs_with_every_switch_thrown(switches, each, walks, tmp_path):
         assert bool(values_of(rows, "losses/edit_policy")) == (switches.get("num_edit_samples") != 0)
 
 
-TOO_LARGE = [({"reward_scale": 1e30}), ({"backup": "entropy", "critic_lr": 1e20})]
+TOO_LARGE = [{"reward_scale": 1e30}, {"backup": "entropy", "critic_lr": 1e20}]
 
 
 @pytest.mark.parametrize("flags", TOO_LARGE)

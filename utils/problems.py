@@ -48,10 +48,10 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     ends = rows.terminations[data.episodes[lengths == limit - (data.dropped > 0), 1] - 1]  # the limit may have cut here
     steps = np.abs(rows.next_obs - rows.obs)
     steps[rows.terminations > 0] = 0
-    usual = np.quantile(steps, 0.95, axis=0)  # within an episode, simulators seldom exceed five times this
+    usual, largest = np.quantile(steps, 0.95, axis=0), steps.max(axis=0)  # simulators seldom exceed five times usual
     jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(rows.obs, axis=0))  # other dimensions hardly ever change
-    place = (jumps * steps / (usual + 1e-30)).max(axis=0).argmax()
-    size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
+    place = (jumps.any(axis=0) * largest / (usual + 1e-30)).argmax()
+    size = f"up to {largest[place]:.3g} in observation {place}, where {usual[place]:.2g} is usual"
     constant = np.flatnonzero(np.ptp(rows.actions, axis=0) == 0)
     still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
     last = data.episodes[:-1, 1] - 1  # the last row of every episode that another one follows
