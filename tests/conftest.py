@@ -1,30 +1,20 @@
 """What the tests share: the scripts, small agents and batches, and a cache folder of their own."""
 
 import importlib
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from utils.tasks import parse_args
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql", "baselines.qflow"]
 VARIANTS = {"variants.expo_faster": "expo_flow", "variants.expo_chunks": "expo_flow"}  # each with its parent
 EVERY_SCRIPT = [*SCRIPTS, *BASELINES, *VARIANTS]
-
-# A whole run in seconds: --task pointmaze-umaze with everything small.
-TINY_RUN = {"task": "pointmaze-umaze", "total_timesteps": 60, "offline_steps": 20, "max_episode_steps": 20}
-TINY_RUN |= {"eval_every": 30, "eval_episodes": 2, "log_every": 10, "utd_ratio": 2, "batch_size": 16, "threads": 1}
-TINY_RUN |= {"hidden_dim": 16, "hidden_layers": 2, "base_hidden_dim": 16, "base_blocks": 1, "denoising_steps": 3}
-TINY_RUN |= {"device": "cpu"}
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; a grid would ignore Ctrl-C
@@ -43,12 +33,6 @@ def cache(tmp_path_factory):
 def fixed_seed():
     """Every test starts from the same random state, whichever tests ran before."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request) -> Any:
-    """The module of each script in turn; a script that is missing is an error, not a skip."""
-    return importlib.import_module(request.param)
 
 
 @pytest.fixture(params=EVERY_SCRIPT)
@@ -87,20 +71,9 @@ def make_batch(script: Any, *shape: int, obs_dim: int = 3, action_dim: int = 2) 
     )
 
 
-def snapshot(module: nn.Module) -> list[Tensor]:
-    """Copies of all parameters and buffers."""
-    return [value.clone() for value in module.state_dict().values()]
-
-
-def same(module: nn.Module, before: list[Tensor]) -> bool:
-    """Whether every parameter and buffer is bit for bit as in the snapshot."""
-    return all(torch.equal(value, old) for value, old in zip(module.state_dict().values(), before, strict=True))
-
-
-def assert_close(module: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    """Fails where two modules differ by more than rounding."""
-    for value, expected in zip(module.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=rtol, atol=atol)
+def same(module: nn.Module, other: nn.Module) -> bool:
+    """Whether every parameter is bit for bit the same."""
+    return all(torch.equal(*pair) for pair in zip(module.parameters(), other.parameters(), strict=True))
 
 
 def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:
@@ -112,13 +85,9 @@ def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def tiny_run_args(script: Any, run_dir: Path, **settings: Any) -> Any:
-    """Parsed Args of a whole run that takes seconds."""
-    settings = {**TINY_RUN, "pretrain_steps": 20, "run_dir": run_dir, **settings}
-    return parse_args(script.Args, argv=flags_of(script, settings))
-
-
-def run_script(script: Any, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """The script as a user starts it, in a process of its own."""
-    command = [sys.executable, str(ROOT / f"{script.__name__.replace('.', '/')}.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ.copy(), timeout=timeout)
+def refused(function: Callable[..., Any], *inputs: Any, **flags: Any) -> str:
+    """The one line that a user reads."""
+    with pytest.raises(OSError) as error:
+        function(*inputs, **flags)
+    assert str(error.value).strip() and "\n" not in str(error.value)
+    return str(error.value)

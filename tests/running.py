@@ -1,6 +1,7 @@
 """Whole runs: in this process, or in a fork (imports are paid once) that dies or is stopped at an event of its own."""
 
 import csv
+import functools
 import io
 import multiprocessing
 import os
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ROOT, TINY_RUN, flags_of
+from conftest import ROOT, flags_of
 from gymnasium.wrappers import TimeLimit
-from torch.utils._pytree import tree_flatten
+
+from utils.tasks import parse_args
 
 # Checkpoints, rows of the log, evaluations and episodes all fall on different steps.
-SMALL = {**TINY_RUN, "total_timesteps": 26, "offline_steps": 6, "pretrain_steps": 5, "max_episode_steps": 7}
+SMALL = {"task": "pointmaze-umaze", "total_timesteps": 26, "offline_steps": 6, "pretrain_steps": 5, "device": "cpu"}
 SMALL |= {"eval_every": 9, "eval_episodes": 1, "log_every": 6, "checkpoint_every": 4, "learning_starts": 3}
-SMALL |= {"num_critics": 3, "base_hidden_dim": 8, "hidden_dim": 8, "batch_size": 4}
+SMALL |= {"num_critics": 3, "base_hidden_dim": 8, "hidden_dim": 8, "hidden_layers": 2, "base_blocks": 1}
+SMALL |= {"max_episode_steps": 7, "utd_ratio": 2, "batch_size": 4, "denoising_steps": 3, "threads": 1}
 EVENTS = {"part": 7, "row": 90, "fsync": 14, "replace": 7, "step": 40, "draw": 60}  # about so many are in a small run
 
 Trap = Callable[[dict[str, Any]], Any]  # is called in the fork, with what the script will find among its globals
@@ -28,6 +31,11 @@ Trap = Callable[[dict[str, Any]], Any]  # is called in the fork, with what the s
 def words_for(script: Any, run_dir: Path, **flags: Any) -> list[str]:
     """The command line of a small run."""
     return flags_of(script, {**SMALL, "run_dir": run_dir, **flags})
+
+
+def small_args(script: Any, run_dir: Path, **flags: Any) -> Any:
+    """The same, parsed."""
+    return parse_args(script.Args, argv=words_for(script, run_dir, **flags))
 
 
 def run_here(script: Any, args: Any) -> None:
@@ -115,9 +123,4 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     return state
 
 
-def assert_same(one: Any, other: Any) -> None:
-    """Bit for bit, through dicts, lists and tuples."""
-    (leaves, tree), (others, other_tree) = tree_flatten(one), tree_flatten(other)
-    assert tree == other_tree
-    for a, b in zip(leaves, others, strict=True):
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # bit for bit, through dicts and lists

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_agent, make_batch, tiny_run_args
-from running import assert_same, read_metrics, read_state, run_here, values_of
-from test_run import TOY, Walk, random_rows
+from conftest import make_agent, make_batch
+from running import assert_same, read_metrics, read_state, run_here, small_args, values_of
+from test_run import Walk, walks  # noqa: F401
 
 import expo_flow
 from demonstrations import demonstrations
@@ -20,7 +20,7 @@ from variants import expo_chunks as script
 @pytest.mark.parametrize("flags", [{"gamma": 0.97}, {"backup": "entropy", "num_edit_samples": 0}, {"gamma": 0.0}])
 def test_a_chunk_of_one_step_gives_the_parents_run(flags, tmp_path):
     for name, module in (("parent", expo_flow), ("one", script)):
-        run_here(module, tiny_run_args(module, tmp_path / name, chunk_length=1, **flags))
+        run_here(module, small_args(module, tmp_path / name, chunk_length=1, **flags))
     assert read_metrics(tmp_path / "parent") == read_metrics(tmp_path / "one")
     assert_same(read_state(tmp_path / "parent"), read_state(tmp_path / "one"))  # also optimisers, rows, random state
 
@@ -92,14 +92,11 @@ def play(env: Walk, kind: int, episode: int) -> int:
     return taken
 
 
-def test_a_run_acts_is_evaluated_and_is_filmed_open_loop(monkeypatch, tmp_path):
+def test_a_run_acts_is_evaluated_and_is_filmed_open_loop(walks, monkeypatch, tmp_path):  # noqa: F811
     video: Any = pytest.importorskip("moviepy").VideoFileClip
-    monkeypatch.setattr(script, "make_env", lambda *_, **__: Walk())
-    monkeypatch.setattr(script, "load_dataset", lambda *_: random_rows())
     monkeypatch.setattr(script.Agent, "on_the_fly_actions", lambda agent, obs: decide(obs))
-    flags: dict[str, Any] = TOY | {"total_timesteps": 40, "learning_starts": 0, "eval_episodes": 6, "chunk_length": 3}
-    flags |= {"capture_video": True, "run_dir": str(tmp_path / "run")}
-    run_here(script, script.Args(**{key: value for key, value in flags.items() if hasattr(script.Args, key)}))
+    flags: dict[str, Any] = {"total_timesteps": 40, "learning_starts": 0, "eval_episodes": 6, "chunk_length": 3}
+    walks(script, tmp_path / "run", capture_video=True, **flags)
     env, stored = Walk(), read_state(tmp_path / "run")["rows"][1].flatten().tolist()
     lengths, evaluated = ([play(env, kind, i) for i in range(n)] for kind, n in ((0, 40), (1, 6)))
     assert stored == pytest.approx([float(step[1][0]) for step in env.steps[:40]])

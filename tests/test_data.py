@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import conftest
 import gymnasium as gym
 import h5py
 import mujoco
@@ -15,7 +17,6 @@ from gymnasium.spaces import Box
 
 import demonstrations
 from tools.files import write_d4rl
-from utils import InputError
 from utils.arrays import Dataset, Transitions
 from utils.data import load_dataset, read_dataset
 from utils.envs import make_env
@@ -24,6 +25,7 @@ from utils.robosuite_env import Robosuite
 from utils.tasks import OBS_KEYS, TASKS
 
 FILES = Path(__file__).parent / "data"  # small real ones: its README.md
+REACH_FILE = FILES / "minari" / "reach" / "dict-v0" / "data" / "main_data.hdf5"
 Tree = dict[str, Any]  # what is in a file: path -> array
 
 
@@ -54,11 +56,7 @@ def read(*paths: Path, env: Any = None, obs_keys: tuple[str, ...] = ()) -> Datas
 
 
 def refused(*specs: object, env: Any = None, obs_keys: tuple[str, ...] = ()) -> str:
-    """The one line that a user reads."""
-    with pytest.raises(InputError) as caught:
-        read_dataset([str(spec) for spec in specs], env, obs_keys)
-    assert str(caught.value).strip() and "\n" not in str(caught.value)
-    return str(caught.value)
+    return conftest.refused(read_dataset, list(map(str, specs)), env, obs_keys)
 
 
 def d4rl() -> Tree:
@@ -67,19 +65,6 @@ def d4rl() -> Tree:
     tree |= {"actions": np.linspace(-0.7, 0.7, 8, dtype=np.float32)[:, None], "rewards": np.arange(8) * 2.0}
     for key, rows in (("terminals", [2]), ("timeouts", [4, 5]), ("infos/success", [1, 5])):
         tree[key] = np.isin(np.arange(8), rows)
-    return tree
-
-
-def minari() -> Tree:
-    """Eleven episodes, so that episode_10 comes before episode_2 in the file; the odd ones end at a terminal."""
-    tree: Tree = {}
-    for i in range(11):
-        steps, group = 1 + i % 3, f"episode_{i}"
-        tree[f"{group}/observations/a"] = np.stack([np.full(steps + 1, i), np.arange(steps + 1)], axis=1)
-        tree[f"{group}/observations/z"] = np.full((steps + 1, 1), -i)
-        tree[f"{group}/actions"], tree[f"{group}/rewards"] = np.full((steps, 1), i / 20), np.full(steps, float(i))
-        tree[f"{group}/terminations"] = np.arange(steps) == (steps - 1 if i % 2 else -1)
-        tree[f"{group}/infos/success"] = np.arange(steps + 1) == steps * (i % 2)  # T + 1 values: the first is at reset
     return tree
 
 
@@ -134,42 +119,27 @@ def test_a_terminal_row_with_its_true_successor_ends_no_episode(tmp_path, own):
     assert np.flatnonzero(data.rows.terminations).tolist() == [4, 5, 6]
 
 
-def test_minari(tmp_path):
-    (tmp_path / "data").mkdir()
-    write(tmp_path / "data" / "main_data.hdf5", minari())
-    env: Any = gym.Wrapper(make_env("Pendulum-v1"))  # it has as many observations and actions
-    env.native_spaces = gym.spaces.Dict(z=Box(-9, 9, (1,)), a=Box(-9, 9, (2,))), Box(-1, 1, (1,))
-    for there, columns in ((None, [0, 1, 2]), (env, [2, 0, 1])):  # A2: by name, or in the order of the space
-        data = read(tmp_path, env=there)
-        assert len(data.episodes) == 11 and data.dropped == 0 and len(data.rows.obs) == 21
-        for i, (start, stop) in enumerate(data.episodes):  # by number: episode_10 is the last one
-            expected = np.array([[i, t, -i] for t in range(stop - start + 1)])[:, columns]
-            assert np.array_equal(data.rows.obs[start:stop], expected[:-1])
-            assert np.array_equal(data.rows.next_obs[start:stop], expected[1:])
-            assert (data.rows.rewards[start:stop] == i).all() and data.rows.terminations[start:stop].sum() == i % 2
-        assert data.success is not None and data.success.tolist() == [i % 2 == 1 for i in range(11)]
+def test_minari_by_number_and_by_name(tmp_path):
+    """A2: episode_10 comes after episode_2, and without an environment the parts of an observation stand by name."""
+    path = Path(shutil.copy(REACH_FILE, tmp_path))
+    with h5py.File(path, "a") as file:
+        file.move("episode_0", "episode_10")
+        file.move("episode_1", "episode_2")
+    data = read(path)
+    assert data.episodes.tolist() == [[0, 8], [8, 10]]
+    assert data.rows.obs[:, 3] == pytest.approx(np.abs(data.rows.obs[:, :2]).max(axis=1))  # z after a
 
 
-class Reach(gym.Env):
-    """The environment of the recorded files (tests/data/README.md): it moves by half of an action."""
-
-    metadata: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, kind: str):
-        parts = {"z": Box(-9, 9, (1,)), "a": gym.spaces.Tuple([Box(-9, 9, (2,)), Box(-9, 9, (1,))])}
-        spaces = {
-            "dict": gym.spaces.Dict([*parts.items()]),
-            "tuple": gym.spaces.Tuple([*parts["a"]]),
-            "plain": Box(-9, 9, (2,)),
-        }
-        self.observation_space, self.action_space = spaces[kind], Box(-2, 2, (2,), np.float32)
+# The observations of the recorded files (tests/data/README.md): a step moves by half of an action.
+REACH = {"tuple": gym.spaces.Tuple([Box(-9, 9, (2,)), Box(-9, 9, (1,))]), "plain": Box(-9, 9, (2,))}
+REACH["dict"] = gym.spaces.Dict([("z", Box(-9, 9, (1,))), ("a", REACH["tuple"])])
 
 
 @pytest.mark.parametrize(("kind", "x"), [("dict", slice(1, 3)), ("tuple", slice(0, 2)), ("plain", slice(0, 2))])
 def test_minaris_own_recorder(kind, x, monkeypatch):
     """A2, by folder and by ID: a row is a step of the environment, and columns stand as Gymnasium flattens them."""
-    gym.register(f"Reach{kind.capitalize()}-v0", Reach, max_episode_steps=8, kwargs={"kind": kind})  # pyright: ignore
-    env = make_env(f"Reach{kind.capitalize()}-v0")
+    env: Any = gym.Wrapper(make_env("Pendulum-v1"))
+    env.native_spaces, env.observation_space = (REACH[kind], Box(-2, 2, (2,))), gym.spaces.flatten_space(REACH[kind])
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(FILES / "minari"))
     data = read(FILES / f"minari/reach/{kind}-v0", env=env)
     rows = load_dataset([f"minari:reach/{kind}-v0"], env)
@@ -380,14 +350,17 @@ def test_words_and_paths(tmp_path, monkeypatch):
     assert "--dataset" in refused() and all(words in refused(spec) for spec, words in NOWHERE)
     write(tmp_path / "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5", d4rl())
     assert len(read(Path("d4rl:antmaze-large-diverse-v2")).rows.obs) == 5
-    write(tmp_path / "arrow" / "data" / "main_data.hdf5", minari())
-    assert len(read(Path("minari:arrow")).episodes) == 11
+    shutil.copy(REACH_FILE, tmp_path / "arrow" / "data")
+    assert len(read(Path("minari:arrow")).episodes) == 2
 
 
 def test_group_layouts_that_do_not_fit(tmp_path):
-    path, tree = tmp_path / "a.hdf5", minari()
-    assert "'episode_1/rewards' has shape (5,)" in refused(write(path, tree | {"episode_1/rewards": np.zeros(5)}))
-    assert "episode 2" in refused(write(path, tree | {"episode_2/observations/a": np.zeros((4, 5))}))
+    for key, shape, words in (("rewards", 5, "'episode_1/rewards' has shape (5,)"), ("actions", (8, 3), "episode 1")):
+        path = Path(shutil.copy(REACH_FILE, tmp_path))
+        with h5py.File(path, "a") as file:
+            del file[f"episode_1/{key}"]
+            file[f"episode_1/{key}"] = np.zeros(shape)
+        assert words in refused(path)
     keys = refused(write(path, robomimic()), obs_keys=("nothing",))
     assert "no 'nothing'; choose --obs-keys from: object" in keys
     raw = {"data/demo_1/states": np.zeros((3, 32)), "data/demo_1/actions": np.zeros((3, 7))}  # robosuite's own
@@ -425,19 +398,15 @@ def test_robomimic_data_of_another_task_or_controller(tmp_path):
 def test_generated_data(maze, pinned):
     """Every number of the quickstart's data is pinned; it fits its environment, and its flags fit each other."""
     name, digest = f"pointmaze-{maze}", hashlib.sha256()
-    arrays = [*demonstrations.generate(name).values()]
-    obs, actions, _, next_obs, terminals, timeouts, success = arrays
-    for array in arrays:
+    made = demonstrations.generate(name)
+    for array in made.values():
         digest.update(array.tobytes())
     assert mujoco.__version__ != "3.11.0" or digest.hexdigest()[:8] == pinned  # another version may round otherwise
-    ends, limit = terminals | timeouts, TASKS[name].settings["max_episode_steps"]
-    lengths, inside = np.diff(np.flatnonzero(ends), prepend=-1), ~ends[:-1]
-    assert np.array_equal(terminals, success) and np.array_equal(next_obs[:-1][inside], obs[1:][inside])
-    assert ends[-1] and len(lengths) == 60 and lengths.max() == limit and (lengths[timeouts[ends]] == limit).all()
+    limit = TASKS[name].settings["max_episode_steps"]
     env = make_env(TASKS[name].env_id, name, limit, TASKS[name].settings["action_repeat"])
     data = read(Path(f"generated:{name}"), env=env)
     assert data.dropped == 0 and data.success is not None and 0.1 < data.success.mean() < 0.6
     env.reset(seed=0)  # the first episode again
-    assert all(np.array_equal(env.step(actions[row])[0], next_obs[row]) for row in range(5))
+    assert all(np.array_equal(env.step(made["actions"][row])[0], made["next_observations"][row]) for row in range(5))
     other = make_env(TASKS[name].env_id, name, limit, 5)
     assert f"generated:{name}: --action-repeat 5: it is made with 10" in refused(f"generated:{name}", env=other)

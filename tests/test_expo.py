@@ -5,36 +5,31 @@ import math
 import re
 import textwrap
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_agent, make_args, make_batch, same, snapshot
+from conftest import ROOT, make_agent, make_args, make_batch, same
+
+import expo_diffusion
+import expo_flow
+
+script: Any = expo_diffusion  # test_siblings.py: what is tested here is the same text in the other two scripts
 
 # ------------------------------------------------------------------------------------------------ networks, their start
 
 
-def test_a_new_agent(script):
+def test_a_new_agent():
     """Both averages start equal to their networks. Alpha is --init-alpha, and its target entropy the scaled one."""
     agent = script.Agent(3, 2, make_args(script, init_alpha=0.25))
     for target, online in ((agent.target_critic, agent.critic), (agent.target_base_policy, agent.base_policy)):
-        assert same(target, snapshot(online))
+        assert same(target, online)
     assert agent.log_alpha.exp().item() == pytest.approx(0.25)
     assert agent.target_entropy == pytest.approx(2 * (math.log(0.05) - 0.5))
 
 
-def test_random_min_over_all_heads_draws_nothing(script, monkeypatch):
-    """No copy of the weights is made where all heads count, and the minimum is over all of them."""
-    critic, seen = make_agent(script).critic, []
-    obs, actions = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
-    expected = critic(obs, actions).amin(0)
-    forward = critic.forward
-    critic.forward = lambda obs, actions, heads: seen.append(heads) or forward(obs, actions, heads)
-    monkeypatch.setattr(torch, "randperm", lambda *_, **__: pytest.fail("heads were drawn"))
-    assert torch.equal(critic.random_min(obs, actions, 5), expected) and seen == [None]
-
-
-def test_heads_start_different_and_xavier_uniform(script):
+def test_heads_start_different_and_xavier_uniform():
     critic = script.Critic(30, 10, make_args(script, hidden_dim=80, hidden_layers=3, num_critics=4))
     assert [weight.shape[1:] for weight in critic.weights] == [(40, 80), (80, 80), (80, 80), (80, 1)]
     for weight in critic.weights:
@@ -46,7 +41,7 @@ def test_heads_start_different_and_xavier_uniform(script):
     assert all((parameter == 1).all() for parameter in critic.scales)
 
 
-def test_denoising_network_has_the_published_sizes_and_init(script):
+def test_denoising_network_has_the_published_sizes_and_init():
     """64 frequencies, time MLP 128-256-256, three blocks of 256-1024-256; Xavier, in the blocks LeCun-normal."""
     network = script.BasePolicy(20, 10, script.Args()).network
     assert network.frequencies.shape == (64,) and network.frequencies.requires_grad
@@ -67,7 +62,7 @@ def test_denoising_network_has_the_published_sizes_and_init(script):
             assert not layer.bias.any()
 
 
-def test_edit_log_prob_is_finite_where_tanh_saturates(script):
+def test_edit_log_prob_is_finite_where_tanh_saturates():
     agent, batch = make_agent(script, edit_scale=0.1), make_batch(script, 20)
     agent.edit_policy.mean.bias.data = torch.tensor([200.0, -200.0])
     edits, log_prob = agent.edit_policy(batch.obs, batch.actions)
@@ -78,8 +73,7 @@ def test_edit_log_prob_is_finite_where_tanh_saturates(script):
 # ------------------------------------------------------------------------------------------------- the base policy
 
 
-@pytest.mark.parametrize("script", ["expo_diffusion"], indirect=True)
-def test_ddim_as_in_the_docs_of_faster(script):
+def test_ddim_as_in_the_docs_of_faster():
     block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "expo_faster.md").read_text(), re.S)[0]
     exec(textwrap.dedent(block), found := dict(vars(script)))
     policy, obs, noise = make_agent(script).base_policy, torch.randn(6, 3), torch.randn(6, 2)
@@ -91,15 +85,14 @@ def test_ddim_as_in_the_docs_of_faster(script):
     torch.testing.assert_close(found["sample"](policy, obs, noise), x)
 
 
-@pytest.mark.parametrize("script", ["expo_diffusion"], indirect=True)
-def test_diffusion_loss_draws_every_level_equally_often(script):
+def test_diffusion_loss_draws_every_level_equally_often():
     policy, seen = make_agent(script, denoising_steps=4).base_policy, []
     policy.network.time_code = lambda times: seen.extend(times.flatten().tolist()) or torch.zeros(len(times), 16)
     policy.loss(torch.randn(4000, 3), torch.randn(4000, 2))
     assert set(seen) == {0, 1, 2, 3} and min(map(seen.count, range(4))) > 850  # 1000 expected, standard deviation 27
 
 
-@pytest.mark.parametrize("script, least_near", [("expo_diffusion", 0.6), ("expo_flow", 0.75)], indirect=["script"])
+@pytest.mark.parametrize("script, least_near", [(expo_diffusion, 0.6), (expo_flow, 0.75)])
 def test_base_policy_recovers_a_mixture_on_a_ring(script, least_near):
     """Three modes on a ring, shares .5 / .3 / .2, turned by half a circle where the observation says so.
 
@@ -135,7 +128,7 @@ SIZES += [(1, 1, num, num) for num in (1, 3, 2000, 3000)]  # in parts of 2048, 6
 
 
 @pytest.mark.parametrize("n, m, given, edits", SIZES)
-def test_candidates_of_all_slices_in_their_places(script, n, m, given, edits):
+def test_candidates_of_all_slices_in_their_places(n, m, given, edits):
     """A target has so many base actions, 0 means N, and then edits of each in turn. Acting always has N + M candidates.
 
     A base action tells its observation and its place, an edit its observation.
@@ -156,7 +149,7 @@ def test_candidates_of_all_slices_in_their_places(script, n, m, given, edits):
 
 
 @pytest.mark.parametrize("given, share", [(0, 5 / 12), (3, 8 / 12), (7, 0)])
-def test_selected_share_counts_the_edited_candidates(script, given, share):
+def test_selected_share_counts_the_edited_candidates(given, share):
     agent = make_agent(script, num_base_samples=4, num_edit_samples=4, num_target_samples=given)
     choice = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3, 0, 3, 5, 6])
     agent.td_target = lambda batch, candidates: (torch.zeros(12), choice)
@@ -166,7 +159,7 @@ def test_selected_share_counts_the_edited_candidates(script, given, share):
     assert info["critic/q_mean"] == agent.critic(batch.obs, batch.actions).mean()
 
 
-def test_entropy_backup_by_hand(script):
+def test_entropy_backup_by_hand():
     """q = 0 and log(3)/2 at kappa 2: the choice has probabilities 1/4 and 3/4, its bonus is alpha log 4 or log 4/3."""
     rows = 20_000
     agent = make_agent(script, action_dim=1, gamma=0.5, backup="entropy", backup_kappa=2.0, backup_alpha=0.1)
@@ -178,7 +171,7 @@ def test_entropy_backup_by_hand(script):
     torch.testing.assert_close(target_q, 2 + 0.5 * (1 - batch.terminations) * by_choice[choice])
 
 
-def test_edit_dropout_is_for_the_edit_policys_own_loss(script):
+def test_edit_dropout_is_for_the_edit_policys_own_loss():
     agent, batch = make_agent(script, edit_dropout=0.5), make_batch(script, 20)
     torch.nn.init.constant_(agent.edit_policy.log_std.bias, -1000.0)  # almost no noise: what varies is dropout
     first, second = (agent.with_edits(batch.obs, batch.actions.unsqueeze(1)) for _ in range(2))
@@ -208,7 +201,7 @@ def test_optimizers_are_the_published_ones(each):
         assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8), part
 
 
-def test_learning_rates_of_base_and_edit_policy_end_at_zero(script):
+def test_learning_rates_of_base_and_edit_policy_end_at_zero():
     agent = make_agent(script, lr_decay_steps=4)
     optimizers = script.Optimizers(agent, agent.args)
     for _ in range(6):
@@ -220,7 +213,7 @@ def test_learning_rates_of_base_and_edit_policy_end_at_zero(script):
 # ------------------------------------------------------------------------------------- replay and symmetric batches
 
 
-def marked_buffer(script, offline: int, online: int, capacity: int = 100):
+def marked_buffer(offline: int, online: int, capacity: int = 100):
     """A buffer whose every field tells the row: -1, -2, ... offline, 1, 2, ... online (terminal)."""
     marks = -np.arange(1, offline + 1, dtype=np.float32)
     rows = (marks[:, None], np.stack([marks, marks], 1), marks, marks[:, None], np.zeros(offline, np.float32))
@@ -232,8 +225,8 @@ def marked_buffer(script, offline: int, online: int, capacity: int = 100):
 
 @pytest.mark.parametrize("rows", [7, 8, 256])
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
-def test_every_slice_has_the_same_share_of_offline_rows(script, rows, ratio):
-    batch = marked_buffer(script, 50, 30).draw(ratio, 6, rows)
+def test_every_slice_has_the_same_share_of_offline_rows(rows, ratio):
+    batch = marked_buffer(50, 30).draw(ratio, 6, rows)
     assert batch.obs.shape == batch.next_obs.shape == (6, rows, 1) and batch.actions.shape == (6, rows, 2)
     assert batch.rewards.shape == batch.terminations.shape == (6, rows)
     assert {field.dtype for field in batch} == {torch.float32}
@@ -246,16 +239,16 @@ def test_every_slice_has_the_same_share_of_offline_rows(script, rows, ratio):
     assert torch.equal(batch.terminations, (batch.rewards > 0).float())
 
 
-def test_batches_are_drawn_uniformly_from_all_rows(script):
+def test_batches_are_drawn_uniformly_from_all_rows():
     """Also from the last ones, from the only online row, and from a buffer that is full to its capacity."""
-    counts = Counter(marked_buffer(script, 20, 20, capacity=20).draw(0.5, 50, 800).rewards.flatten().tolist())
+    counts = Counter(marked_buffer(20, 20, capacity=20).draw(0.5, 50, 800).rewards.flatten().tolist())
     assert set(counts) == {*map(float, range(-20, 0)), *map(float, range(1, 21))}
     assert 820 < min(counts.values()) and max(counts.values()) < 1180  # 1000 expected, standard deviation 31
-    first, second = marked_buffer(script, 20, 20).draw(0.5, 2, 8).rewards
+    first, second = marked_buffer(20, 20).draw(0.5, 2, 8).rewards
     assert not torch.equal(first, second)
-    assert set(marked_buffer(script, 20, 1).draw(0.0, 2, 8).rewards.flatten().tolist()) == {1.0}
+    assert set(marked_buffer(20, 1).draw(0.0, 2, 8).rewards.flatten().tolist()) == {1.0}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_batches_are_offline_while_there_is_no_online_row(script, ratio):
-    assert (marked_buffer(script, 50, 0).draw(ratio, 3, 8).rewards < 0).all()
+def test_batches_are_offline_while_there_is_no_online_row(ratio):
+    assert (marked_buffer(50, 0).draw(ratio, 3, 8).rewards < 0).all()

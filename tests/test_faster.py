@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, make_agent, make_args, make_batch, tiny_run_args
+from conftest import make_agent, make_args, make_batch
+from running import small_args
 
 import expo_flow
 from variants import expo_faster as faster
@@ -111,11 +112,11 @@ def test_update_with_the_noises_that_the_filter_chose_before(edits):
     for obs, temperature, noise, _ in chosen:
         assert torch.equal(learned.pop(0), torch.cat([obs, noise[:, 0]], -1)) and temperature == 0.7
     assert info["filter/spread"].item() == pytest.approx(np.mean([c[3].mean().item() for c in chosen]), rel=1e-5)
-    assert_close(agent.target_filter, average.target_filter)
+    torch.testing.assert_close(agent.target_filter.state_dict(), average.target_filter.state_dict())
 
 
 def test_training_draws_and_evaluation_takes_the_best(monkeypatch, tmp_path):
     choose, seen, flags = faster.Agent.choose_noise, set(), {"batch_size": 6, "eval_episodes": 4, "total_timesteps": 4}
     monkeypatch.setattr(faster.Agent, "choose_noise", lambda *a: seen.add((len(a[1]), a[2])) or choose(*a))
-    faster.main(tiny_run_args(faster, tmp_path / "run", learning_starts=0, filter_temperature=0.5, **flags))
+    faster.main(small_args(faster, tmp_path / "run", learning_starts=0, filter_temperature=0.5, **flags))
     assert seen == {(1, 0.5), (6, 0.5), (4, 0.0)}  # acting, updates, evaluation

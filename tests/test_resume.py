@@ -14,10 +14,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from conftest import EVERY_SCRIPT
-from running import EVENTS, Trap, assert_same, at, read_metrics, read_state, run, run_here, send, words_for
+from running import EVENTS, Trap, assert_same, at, read_metrics, read_state, run, run_here, send, small_args, words_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import expo_diffusion
@@ -34,7 +35,7 @@ def untouched(cache, tmp_path_factory):
     def get(script: Any) -> Path:
         if script.__name__ not in made:
             made[script.__name__] = tmp_path_factory.mktemp("untouched") / "run"
-            run_here(script, parse_args(script.Args, argv=words_for(script, made[script.__name__])))
+            run_here(script, small_args(script, made[script.__name__]))
         return made[script.__name__]
 
     get(expo_diffusion)
@@ -157,27 +158,21 @@ def resume(run_dir: Path, *words: str, script: Any = expo_diffusion) -> None:
 
 def refused(run_dir: Path, *words: str, script: Any = expo_diffusion) -> str:
     """The one line of a resume that is refused, and that leaves the folder as it is."""
-    before = contents(run_dir)
-    with pytest.raises(OSError) as error:
-        resume(run_dir, *words, script=script)
-    assert contents(run_dir) == before and "\n" not in str(error.value)
-    return str(error.value)
-
-
-class Payload:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    before, line = contents(run_dir), conftest.refused(resume, run_dir, *words, script=script)
+    assert contents(run_dir) == before
+    return line
 
 
 def test_damaged_and_lost_files_are_refused_and_nothing_in_them_is_run(copied, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run by a file"),)
+
     whole, weight = contents(copied), read_state(copied)["agent"]["critic.weights.0"].numpy().tobytes()
     checkpoint = whole["checkpoint.pt"]
     place = checkpoint.index(weight) + 5
     damages = [b"", checkpoint[:9000], checkpoint[:place] + bytes([checkpoint[place] ^ 1]) + checkpoint[place + 1 :]]
-    for state in ({"agent": Payload(tmp_path / "run by a file")}, {"model": torch.zeros(3)}):
+    for state in ({"agent": Payload()}, {"model": torch.zeros(3)}):
         torch.save(state, tmp_path / "damaged.pt")
         damages.append((tmp_path / "damaged.pt").read_bytes())
     named = [("checkpoint.pt", content) for content in damages] + [("metrics.csv", whole["metrics.csv"][:700])]
@@ -195,7 +190,7 @@ def test_another_run_is_refused(copied, monkeypatch):
     assert all(flag in message for flag in ("--gamma", "--seed", "--task")) and "--log-every" not in message
     assert "expo_diffusion" in refused(copied, script=importlib.import_module("expo_flow"))
     with pytest.raises(OSError, match=f"--run-dir {copied}.* holds a run"):
-        parse_args(expo_diffusion.Args, argv=words_for(expo_diffusion, copied))
+        small_args(expo_diffusion, copied)
     load_dataset, record = expo_diffusion.load_dataset, json.loads((copied / "args.json").read_text())
     monkeypatch.setattr(expo_diffusion, "load_dataset", lambda *args: [2 * rows for rows in load_dataset(*args)])
     assert "data" in refused(copied)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_agent, make_args, make_batch, tiny_run_args
+from conftest import make_agent, make_args, make_batch
+from running import small_args
 
 from benchmark import ablation, overestimation, throughput
 from utils import InputError
@@ -151,7 +152,7 @@ def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):
     for change in (lambda script: None, overestimation.overestimation):
         change(script)
         folder = tmp_path / str(len(rows))
-        script.main(tiny_run_args(script, folder, total_timesteps=6, eval_every=3, gamma=0.5))
+        script.main(small_args(script, folder, total_timesteps=6, eval_every=3, gamma=0.5))
         rows.append([line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()])
     kept = [[(step, key, value) for step, _, key, value in run if not key.startswith("value/")] for run in rows]
     assert kept[0] == kept[1] and len(rows[1]) == len(kept[1]) + 3 * 3
