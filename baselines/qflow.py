@@ -494,8 +494,8 @@ def main(args: Args) -> None:
             save(folder, agent, optimizers, buffer, log, step, episode + (not between_episodes))
             state["step"] = step
         if due and stop:
-            [one.close() for one in (env, *eval_envs)]  # completes the last video, and frees a robot
             print(f"stopped after step {step}; to continue: --resume {folder}", file=sys.stderr)
+            [one.close() for one in (env, *eval_envs)]  # completes the last video, and frees a robot
             sys.exit(128 + stop[0])
 
     # The same update on offline rows alone, before the first environment step.
@@ -523,8 +523,8 @@ def main(args: Args) -> None:
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, content := io.BytesIO())
         write_whole(folder / "agent.pt", content.getvalue())
-    [one.close() for one in (env, *eval_envs)]
     print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps or 1000}")
+    [one.close() for one in (env, *eval_envs)]
 
 
 if __name__ == "__main__":

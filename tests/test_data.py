@@ -99,7 +99,7 @@ def test_flat_arrays(tmp_path, kind):
     assert data.rows.rewards.tolist() == [0, 2, 4, 6, 12] and data.rows.terminations.tolist() == [0, 0, 1, 0, 0]
     assert data.episodes.tolist() == [[0, 3], [3, 4], [4, 5]] and data.dropped == 3
     assert data.success is not None and data.success.tolist() == [True, False, False]
-    tree["next_observations"] = tree["observations"] + 0.5
+    tree |= {"next_observations": tree["observations"] + 0.5, "data": np.ones(3), "episode_1": np.ones(3)}
     data = read(write(path, tree))  # now every row has a successor, but a time limit is never terminal
     assert np.array_equal(data.rows.next_obs, tree["next_observations"]) and data.dropped == 0
     assert data.rows.terminations.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
@@ -179,6 +179,7 @@ def test_the_first_episodes_of_a_file(tmp_path):
     assert two.episodes.tolist() == [[0, 3], [3, 4]] and np.array_equal(two.rows.obs, whole.rows.obs[:4])
     assert two.success is not None and two.success.tolist() == [True, False]
     assert "the first 4 episodes are asked for; it has 3" in refused(f"{path}:4")
+    assert len(read(path.rename(tmp_path / "a:2")).episodes) == 3  # a file of this name
 
 
 def test_robomimic(tmp_path):
@@ -263,7 +264,9 @@ def test_problems():
         (good._replace(terminations=np.arange(40) % 20 < 11), two, None, ["most rows are terminal"]),
         (good._replace(actions=np.linspace(-0.4, 0.4, 40)[:, None]), limited, env, []),  # scaled from bounds of +-2
         (good._replace(actions=np.linspace(-0.5, 0.5, 40)[:, None]), limited, env, ["all actions are in [-1, 1]"]),
-        (good._replace(actions=np.zeros((40, 2))), two, None, ["constant action dimensions: 0, 1"]),
+        (good._replace(next_obs=following[::-1]), two, None, ["next_observations are not the rows that follow"]),
+        (good._replace(actions=good.actions / 1e4), limited, env, ["(almost) constant action dimensions: 0"]),
+        (good._replace(actions=np.zeros((40, 2))), two, None, ["(almost) constant action dimensions: 0, 1"]),
     ):
         problems = find_problems(Dataset(rows, np.array(episodes), None, 0), there)
         assert len(problems) == len(words) and all(map(str.startswith, problems, words))

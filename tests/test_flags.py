@@ -5,9 +5,11 @@ import importlib
 import inspect
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,18 @@ class Own(Args):
 def test_flags_can_be_inherited():
     args = parse("--idea 3 --utd-ratio 2", Own)
     assert (args.idea, args.utd_ratio, args.hidden_dim) == (3, 2, 64)  # the last one is the task's
+
+
+def test_a_killed_run_leaves_all_its_lines_in_a_file():
+    code = "import os; from expo_diffusion import *; parse_args(Args, argv=[]); print('a line'); os._exit(9)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (9, "a line\n")
+
+
+def test_a_path_after_an_equals_sign_knows_the_home_folder():
+    args = parse("--run-dir=~/run --env-id Pusher-v5 --dataset=~/a.hdf5")
+    assert (args.run_dir, args.dataset) == (str(Path.home() / "run"), (str(Path.home() / "a.hdf5"),))
 
 
 def test_a_script_in_its_own_process_ends_with_one_line_and_exit_code_2(tmp_path):

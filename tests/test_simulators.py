@@ -70,12 +70,21 @@ def test_wrappers_against_the_plain_environment():
         assert (terminated, truncated) == (False, t == 3) and "success" not in info
 
 
+def test_observations_are_copies_and_never_rounded():
+    """Whatever type the space has, and although the environment changes its own array later."""
+    env = scripted(observations=Box(0, 255, (1, 2), np.uint8), start=np.array([[0.5, 200.25]]))
+    start = env.reset()[0]
+    env.unwrapped.start += 1
+    assert start.tolist() == [0.5, 200.25] and env.reset()[0].tolist() == [1.5, 201.25]
+
+
 def test_success():
     """Under any of its names. Each case is what the environment says, the action repeat, and success per action."""
     for infos, repeat, expected in (
         ([{}, {}], 1, [None, None]),  # an environment that never speaks of success has none
         ([{}, YES], 1, [None, True]),  # A8: evaluation takes the silence of other episodes for no
         ([YES, NO, NO, NO], 2, [True, False]),  # A9: any of the inner steps
+        ([{"success": np.nan}, {"success": -1}], 1, [False, False]),
         ([{"is_success": 0.0}, {"goal_achieved": np.array([True])}], 1, [False, True]),
     ):
         env = scripted(*((np.ones(1), info, ONE) for info in infos), repeat=repeat)  # a reward (1,) is a number

@@ -72,8 +72,7 @@ def first_episodes(data: Dataset, count: int) -> Dataset:
     if len(data.episodes) < count:
         raise InputError(f"the first {count:,} episodes are asked for; it has {len(data.episodes):,}")
     rows = Transitions(*(column[: data.episodes[count - 1, 1]] for column in data.rows))
-    success = None if data.success is None else data.success[:count]
-    return Dataset(rows, data.episodes[:count], success, data.dropped)
+    return Dataset(rows, data.episodes[:count], None if data.success is None else data.success[:count], data.dropped)
 
 
 def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Arrays:
@@ -86,7 +85,7 @@ def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] =
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
             keys = {str(key).rstrip("0123456789") for key in file}
-            if not keys & {"data", "episode_"} and ("qpos" not in keys or keys & {"rewards", *OPTIONAL}):
+            if keys & {"rewards", *OPTIONAL} or not keys & {"data", "episode_", "qpos"}:
                 return {key: numbers(file, key) for key in (*REQUIRED, *OPTIONAL) if key in file or key in REQUIRED}
             from utils import layouts  # not needed for D4RL's layout
 

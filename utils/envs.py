@@ -52,7 +52,7 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     flat: Any = spaces.flatten_space(space)
     bounds: Any = dict(a_min=flat.low, a_max=flat.high, dtype=flat.dtype)  # rounding may exceed them
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, **bounds).reshape(space.shape), flat)
-    return Checked(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, *np.array([-1, 1], flat.dtype))))
+    return Checked(gym.wrappers.RescaleAction(env, *np.array([-1, 1], flat.dtype)))
 
 
 def create(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
@@ -60,8 +60,7 @@ def create(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
     for prefix, module in SIMULATORS.items():
         if env_id.startswith(f"expo/{prefix}"):
             import_module(f"utils.{module}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it talks about other tasks
             gym.register_envs(import_module("gymnasium_robotics"))
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
@@ -82,20 +81,20 @@ class ActionRepeat(gym.Wrapper):
         total, said = 0.0, []  # whatever the environment says about success
         for _ in range(self.repeat):
             obs, reward, *ended, info = self.env.step(action)
-            terminated, truncated = (bool(float(end)) for end in ended)
+            terminated, truncated = (bool(np.asarray(end).item()) for end in ended)
             total = total + np.asarray(reward, float).squeeze()
-            said += [bool(np.any(info[key])) for key in ("success", "is_success", "goal_achieved") if key in info]
+            said += [np.any(np.float32(info[k]) > 0) for k in ("success", "is_success", "goal_achieved") if k in info]
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info | {"success": any(said)} if said else info
 
 
 class Checked(gym.Wrapper):
-    """Observations become float32. Whatever goes wrong in the environment is an InputError that says where."""
+    """Observations become flat float32. Whatever goes wrong in the environment is an InputError that says where."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.observation_space = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(env.observation_space),), np.float32)
         self.steps = 0  # of the episode
 
     def reset(self, **kwargs):
@@ -112,7 +111,8 @@ class Checked(gym.Wrapper):
             if args and not np.isfinite(args[0]).all():
                 raise InputError("the action is not finite, so the networks are not; lower the learning rates")
             obs, *rest = function(*args, **kwargs)
-            obs = np.asarray(obs, np.float32)
+            space: Any = self.env.observation_space  # a Box of integers may come with floats: they stay what they are
+            obs = np.array(obs if isinstance(space, spaces.Box) else spaces.flatten(space, obs), np.float32).ravel()
             if obs.shape != self.observation_space.shape:
                 raise InputError(f"the observation has shape {obs.shape}, its space {self.observation_space.shape}")
             if not np.isfinite(obs).all():

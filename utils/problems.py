@@ -25,13 +25,13 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
         beside = path.with_name("metadata.json")  # Minari's since 0.5
         said |= json.loads(beside.read_text()) if path.name == "main_data.hdf5" and beside.exists() else {}
         there = dict(json.loads(said.get("env_spec") or "{}"))
+        usual = {p.name: p.default for p in inspect.signature(type(env.unwrapped).__init__).parameters.values()}
+        said, here = json.loads(json.dumps([usual | (there.get("kwargs") or {}), usual | env.spec.kwargs], default=str))
     except (ValueError, TypeError) as error:
-        return [f"{path}: what it says about its environment cannot be read ({reason(error)})"]
+        return [f"{path}: its environment cannot be compared with the task's ({reason(error)})"]
     lines, repeat = [], env.get_wrapper_attr("repeat")
     if there.get("id", env.spec.id) != env.spec.id:
         lines.append(f"recorded in {there['id']}, the task is {env.spec.id}")
-    usual = {p.name: p.default for p in inspect.signature(type(env.unwrapped).__init__).parameters.values()}
-    said, here = json.loads(json.dumps([usual | (there.get("kwargs") or {}), usual | env.spec.kwargs], default=str))
     different = [key for key in sorted(said | here) if said.get(key) != here.get(key) and key != "render_mode"]
     lines += [f"recorded with another {key} than the task's" for key in different if there]
     if there and repeat > 1:
@@ -42,8 +42,7 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
 def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str] = ()) -> list[str]:
     """What a user should know before training on `data`, one line each; `specs` are the files that it came from."""
     rows, lengths = data.rows, data.episodes[:, 1] - data.episodes[:, 0]
-    files = [find_file(spec) for spec in specs if not spec.startswith("generated:")]
-    problems = [line for file in files for line in recorded_elsewhere(file, env)] if env is not None else []
+    problems = [line for s in specs if env and s[:10] != "generated:" for line in recorded_elsewhere(find_file(s), env)]
     limit = (env.spec.max_episode_steps if env is not None and env.spec else None) or np.inf
     ends = rows.terminations[data.episodes[lengths == limit - (data.dropped > 0), 1] - 1]  # the limit may have cut here
     steps = np.abs(rows.next_obs - rows.obs)
@@ -52,18 +51,20 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(rows.obs, axis=0))  # other dimensions hardly ever change
     place = (jumps.any(axis=0) * largest / (usual + 1e-30)).argmax()
     size = f"up to {largest[place]:.3g} in observation {place}, where {usual[place]:.2g} is usual"
-    constant = np.flatnonzero(np.ptp(rows.actions, axis=0) == 0)
+    constant = np.flatnonzero(np.ptp(rows.actions, axis=0) <= (0.01 if env else 0))  # of a range of 2
     still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
     last = data.episodes[:-1, 1] - 1  # the last row of every episode that another one follows
+    torn = np.delete(~np.isclose(rows.next_obs[:-1], rows.obs[1:], atol=1e-5).all(axis=1), last)
     reset = ((rows.next_obs[last] == rows.obs[last + 1]).all(axis=1) & (rows.terminations[last] == 0)).sum()
     bounds = env.get_wrapper_attr("native_spaces")[1].high.reshape(-1) if env is not None else np.ones(1)
     divided = bounds.min() > 1 and 0.99 < (np.abs(rows.actions) * bounds).max() < 1.01  # by their bounds, low = -high
     possible = (
         (jumps.any(), f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?"),
-        (constant.size, f"constant action dimensions: {', '.join(map(str, constant))}"),
+        (constant.size, f"(almost) constant action dimensions: {', '.join(map(str, constant))}"),
         (lengths.max() > limit, f"{sum(lengths > limit)} episodes exceed the limit of {limit}, up to {lengths.max()}"),
         (ends.size and ends.all(), f"every episode of {limit} steps ends terminal: are time limits in 'terminals'?"),
         (len(lengths) == 1 and len(rows.obs) > 1, "one single episode: are the 'timeouts' missing?"),
+        (torn.size and torn.mean() > 0.5, "next_observations are not the rows that follow: other units or order?"),
         (reset, f"{reset:,} episodes end with the first observation of the next: was it recorded after the reset?"),
         (divided, "all actions are in [-1, 1], and the bounds are wider: must they be multiplied by the bounds?"),
         (rows.terminations.mean() > 0.5 and lengths.mean() > 2, "most rows are terminal: are 'masks' upside down?"),

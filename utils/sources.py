@@ -51,7 +51,7 @@ def locate(spec: str) -> tuple[Path, str]:
 def split_count(spec: str) -> tuple[str, int]:
     """FILE:10 means the first 10 episodes of FILE, and FILE alone means all of them, which is 0 here."""
     name, _, count = spec.rpartition(":")
-    return (name, int(count)) if name and count.isdigit() and int(count) else (spec, 0)
+    return (name, int(count)) if name and count.isdigit() and int(count) and not Path(spec).exists() else (spec, 0)
 
 
 def find_file(spec: str) -> Path:

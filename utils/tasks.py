@@ -132,7 +132,8 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
     The settings of `--task`, or of the task that `cls` names, are laid over the defaults of `cls`. `--task ""`, or
     `--env-id` alone, leaves the defaults as they are. With `--resume DIR` the flags of that run are the defaults.
     """
-    argv, default = list(sys.argv[1:] if argv is None else argv), cls()
+    getattr(sys.stdout, "reconfigure", dict)(line_buffering=True, errors="backslashreplace")  # for `> log` and `| tee`
+    argv, default = [w.replace("=~/", f"={Path.home()}/", 1) for w in (sys.argv[1:] if argv is None else argv)], cls()
     given = vars(read_flags(default, [word for word in argv if word not in ("-h", "--help")], description))
     flags, run_dir = vars(default), given.get("resume")
     alone = given.get("env_id") and not any(word.startswith("--task") for word in argv)
@@ -210,14 +211,13 @@ def check_flags(flags: dict[str, Any]) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
     given, found, cuda = flags.get, util.find_spec, lambda: import_module("torch").cuda.is_available()
     compiler = any(map(shutil.which, ("g++", "clang++", "c++"))) and Path(get_path("include"), "Python.h").exists()
-    idle = 0 < flags["total_timesteps"] <= flags["learning_starts"]
     run_files = [Path(given("run_dir") or ".", name) for name in ("args.json", "metrics.csv")]
     holds_run = given("run_dir") and not given("resume") and any(p.exists() and p.stat().st_size for p in run_files)
     for wrong, problem in (
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
         (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
         (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
-        (idle, "--total-timesteps must exceed --learning-starts, the random steps before online updates"),
+        (0 < flags["total_timesteps"] <= flags["learning_starts"], "--total-timesteps must exceed --learning-starts"),
         (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
         (given("compile") and not compiler, "--compile needs a C++ compiler and Python.h: apt install g++ python3-dev"),
         (given("track") and not found("wandb"), "--track needs a package: pip install wandb"),
