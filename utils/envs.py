@@ -81,7 +81,7 @@ class ActionRepeat(gym.Wrapper):
         total, said = 0.0, []  # whatever the environment says about success
         for _ in range(self.repeat):
             obs, reward, *ended, info = self.env.step(action)
-            terminated, truncated = (bool(np.asarray(end).item()) for end in ended)
+            terminated, truncated = (bool(float(np.asarray(end).item())) for end in ended)
             total = total + np.asarray(reward, float).squeeze()
             said += [np.any(np.float32(info[k]) > 0) for k in ("success", "is_success", "goal_achieved") if k in info]
             if terminated or truncated:
