@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from utils import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["expo_diffusion", "expo_flow", "expo_finetune"]  # the algorithm's tests run on every one of them
 BASELINES = ["baselines.rlpd", "baselines.idql", "baselines.diffusion_ql", "baselines.qflow"]
@@ -72,8 +74,9 @@ def make_batch(script: Any, *shape: int, obs_dim: int = 3, action_dim: int = 2) 
 
 
 def same(module: nn.Module, other: nn.Module) -> bool:
-    """Whether every parameter is bit for bit the same."""
-    return all(torch.equal(*pair) for pair in zip(module.parameters(), other.parameters(), strict=True))
+    """Whether every parameter and buffer is bit for bit the same."""
+    values = (each.state_dict().values() for each in (module, other))
+    return all(torch.equal(*pair) for pair in zip(*values, strict=True))
 
 
 def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:
@@ -85,9 +88,9 @@ def flags_of(script: Any, settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def refused(function: Callable[..., Any], *inputs: Any, **flags: Any) -> str:
+def refused(function: Callable[..., Any], *inputs: Any, kind: type = InputError, **flags: Any) -> str:
     """The one line that a user reads."""
-    with pytest.raises(OSError) as error:
+    with pytest.raises(kind) as error:
         function(*inputs, **flags)
     assert str(error.value).strip() and "\n" not in str(error.value)
     return str(error.value)

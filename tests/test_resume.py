@@ -158,7 +158,7 @@ def resume(run_dir: Path, *words: str, script: Any = expo_diffusion) -> None:
 
 def refused(run_dir: Path, *words: str, script: Any = expo_diffusion) -> str:
     """The one line of a resume that is refused, and that leaves the folder as it is."""
-    before, line = contents(run_dir), conftest.refused(resume, run_dir, *words, script=script)
+    before, line = contents(run_dir), conftest.refused(resume, run_dir, *words, kind=OSError, script=script)
     assert contents(run_dir) == before
     return line
 

@@ -39,7 +39,7 @@ def definitions(source: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", OWN)
 def test_shared_definitions_are_byte_identical(name):
-    """And the last lines are."""
+    """And so are the last lines."""
     first, source = source_of("expo_diffusion"), source_of(name)
     mine, theirs = definitions(first), definitions(source)
     shared = [key for key in mine if key in theirs]

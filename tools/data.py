@@ -113,7 +113,7 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
     try:
         with h5py.File(path, "r") as opened:
             opened.visititems(copy)
-            for name in set(rows).intersection(opened):  # links, which visititems passes over
+            for name in set(rows).intersection(opened) - set(arrays):  # links, which visititems passes over
                 copy(name, opened[name])
             attributes = dict(opened.attrs) | {"thinned": f"{episodes} of {total} episodes, seed {seed}"}
     except OSError as error:

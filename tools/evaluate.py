@@ -50,10 +50,9 @@ def load_args(run_dir: Path) -> tuple[Any, Any]:
 
 def load_agent(run_dir: Path, module: Any, args: Any, env: gym.Env, device: str) -> Any:
     """The agent of a run, from checkpoint.pt, or else from agent.pt: a run may have been made longer without it."""
-    paths = [path for path in (run_dir / "checkpoint.pt", run_dir / "agent.pt") if path.exists()]
-    if not paths:
+    path = next((path for path in (run_dir / "checkpoint.pt", run_dir / "agent.pt") if path.exists()), None)
+    if path is None:
         raise InputError(f"{run_dir} has neither agent.pt (--save-model writes it) nor checkpoint.pt")
-    path = paths[0]
     dims = [int(np.prod(space.shape or ())) for space in (env.observation_space, env.action_space)]
     try:
         state = torch.load(path, map_location=device, weights_only=True)  # tensors and plain values, no code
