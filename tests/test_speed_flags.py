@@ -88,6 +88,20 @@ def test_nothing_in_the_loop_waits_for_the_device(name, flags, meta):
     assert loop_on_meta(script, make_agent(script, **flags).to("meta")) == {"meta"}
 
 
+WAITS = {"number": Tensor.item, "copy": Tensor.cpu, "if": bool, "index": lambda loss: loss.expand(3)[torch.tensor([1])]}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_loop_that_waits_is_found(wait, meta):
+    """The tool of the test above: a value that is read back, a copy, a condition, and an index from another device."""
+    script: Any = importlib.import_module("expo_diffusion")
+    agent = make_agent(script).to("meta")
+    critic_loss = agent.critic_loss
+    agent.critic_loss = lambda *inputs: WAITS[wait](critic_loss(*inputs)[0]) or critic_loss(*inputs)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        loop_on_meta(script, agent)
+
+
 # --------------------------------------------------------------------------------------------------------- --compile
 
 
