@@ -51,8 +51,8 @@ from utils.tasks import parse_args
 
 @dataclass
 class Args:
-    # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
+    # These values are published, but for edit_entropy and backup_*. A --task, also the default one, lays its settings
+    # over them (utils/tasks.py). `--task ""`, or --env-id without --task, runs with these values. A flag you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
     env_id: str = ""  # your own environment, a Gymnasium id; it needs --dataset, and no --task (or --task laptop)
@@ -539,7 +539,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
+    """Writes checkpoint.pt, without offline rows and simulator. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "random": torch.get_rng_state()}

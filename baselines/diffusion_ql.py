@@ -1,8 +1,9 @@
 """Diffusion-QL, a baseline: the value gradient goes through the whole denoising chain, which is what EXPO avoids.
 
 Paper: Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning (Wang et al. 2023),
-arXiv 2208.06193. Its code, github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL, is [dql code] below. A bare
-[code] stands in definitions shared with EXPO and means EXPO's. Every [ours n] is explained in docs/expo_diffusion.md.
+arXiv 2208.06193. Its code, github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL, is [dql code] below. [code] and
+[paper Sec. 5] stand in definitions shared with EXPO and mean EXPO's. Docs: docs/diffusion_ql.md; every [ours n] is
+explained in docs/expo_diffusion.md.
 
     python baselines/diffusion_ql.py                                   # the same maze as expo_diffusion.py
     python baselines/diffusion_ql.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
@@ -52,8 +53,8 @@ from utils.tasks import parse_args
 
 @dataclass
 class Args:
-    # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
+    # Flags that EXPO has, too, have EXPO's published values. A --task, also the default one, lays its settings over
+    # them (utils/tasks.py). `--task ""`, or --env-id without --task, runs with these values. A flag you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
     env_id: str = ""  # your own environment, a Gymnasium id; it needs --dataset, and no --task (or --task laptop)
@@ -474,7 +475,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
+    """Writes checkpoint.pt, without offline rows and simulator. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "random": torch.get_rng_state()}

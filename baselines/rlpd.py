@@ -1,8 +1,8 @@
 """RLPD, a baseline: SAC that learns online from symmetric batches of its own rows and of offline rows, in one file.
 
 Paper: Efficient Online Reinforcement Learning with Offline Data (Ball et al. 2023), arXiv 2302.02948. Its code,
-github.com/ikostrikov/rlpd, is [rlpd code] below. A bare [code] stands in definitions shared with EXPO and means EXPO's.
-Every [ours n] has an entry of that number in docs/expo_diffusion.md.
+github.com/ikostrikov/rlpd, is [rlpd code] below. [code] and [paper Sec. 5] stand in definitions shared with EXPO and
+mean EXPO's. Docs: docs/rlpd.md; every [ours n] is explained in docs/expo_diffusion.md.
 
     python baselines/rlpd.py                                   # the same maze as expo_diffusion.py
     python baselines/rlpd.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
@@ -51,8 +51,8 @@ from utils.tasks import parse_args
 
 @dataclass
 class Args:
-    # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
+    # Flags that EXPO has, too, have EXPO's published values. A --task, also the default one, lays its settings over
+    # them (utils/tasks.py). `--task ""`, or --env-id without --task, runs with these values. A flag you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
     env_id: str = ""  # your own environment, a Gymnasium id; it needs --dataset, and no --task (or --task laptop)
@@ -389,7 +389,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
+    """Writes checkpoint.pt, without offline rows and simulator. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "random": torch.get_rng_state()}

@@ -1,4 +1,4 @@
-"""Commands for people: `python tools/data.py`, `python tools/evaluate.py`. No script imports them."""
+"""Commands for people: tools/data.py, tools/evaluate.py, tools/cuda_graph.py. No script imports them."""
 
 import argparse
 import os

@@ -7,7 +7,7 @@
     python tools/data.py generate NAME                makes a generated data set and prints its path
     python tools/data.py download NAME                fetches the data of a task
 
-FILE may also be a word of --dataset, such as d4rl:door-human-v1 or generated:pointmaze-medium.
+FILE may also be a word of --dataset, such as d4rl:door-human-v1; for `inspect` also generated:pointmaze-medium.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Published data: where the words of --dataset lie on this machine, in the folders of the packages of the same name."""
+"""Published data: where the words of --dataset lie on this machine: in the folder of their package, if it has one."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """FASTER, a cheaper EXPO from EXPO's authors: choose one of N noises, and denoise only that one. In one file.
 
 Paper: FASTER, arXiv 2604.19730; [faster] is its code. The other tags are of EXPO, arXiv 2507.07986, where this starts.
-Docs: docs/expo_faster.md has the entries [ours f1] and up, docs/expo_diffusion.md those below.
+Docs: docs/expo_faster.md explains [ours f1] to [ours f4], and docs/expo_diffusion.md every other [ours n].
 
     python variants/expo_faster.py                                   # the same maze as expo_flow.py
     python variants/expo_faster.py --task pointmaze-large --seed 1   # another task; add --help to see its settings
@@ -58,8 +58,8 @@ from utils.tasks import parse_args
 
 @dataclass
 class Args:
-    # The values below are the published ones. A --task, also the default one, lays its settings over them: they are in
-    # utils/tasks.py. `--task ""`, or --env-id without --task, runs with the values below. A flag that you give wins.
+    # These values are published, but for edit_entropy and backup_*. A --task, also the default one, lays its settings
+    # over them (utils/tasks.py). `--task ""`, or --env-id without --task, runs with these values. A flag you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
     env_id: str = ""  # your own environment, a Gymnasium id; it needs --dataset, and no --task (or --task laptop)
@@ -94,7 +94,7 @@ class Args:
     offline_ratio: float = 0.5  # share of offline rows in every slice; 0.5 is symmetric sampling
     gamma: float = 0.99  # discount per action
     num_noises: int = 8  # N, first noises per decision; the filter chooses one
-    filter_temperature: float = 1.0  # of that choice in training; 0: the best one, as in evaluation; .1 on tool_hang
+    filter_temperature: float = 1.0  # of that choice in training; 0: the best noise, as in evaluation
     edits: bool = True  # --no-edits: the action that comes out is the only candidate [ours 5]
     edit_scale: float = 0.05  # bound of an edit, the flag that matters most: .01-.15 to refine, .4-.7 to explore
     edit_dropout: float = 0.0  # dropout of the edit policy in its own loss; 0.1 on Adroit
@@ -563,7 +563,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, agent: Agent, optimizers: Optimizers, buffer: ReplayBuffer, log: Log, step: int, episode: int):
-    """Writes checkpoint.pt: everything but the simulator's state. So a run saves between episodes, and at its end."""
+    """Writes checkpoint.pt, without offline rows and simulator. So a run saves between episodes, and at its end."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(f"step {step}: the networks are not finite any more; lower the learning rates")
     state = {"step": step, "episode": episode, "log": log.state(), "random": torch.get_rng_state()}
