@@ -658,7 +658,7 @@ def main(args: Args) -> None:
     if args.save_model:
         torch.save({"agent": agent.state_dict(), "obs_dim": obs_dim, "action_dim": action_dim}, content := io.BytesIO())
         write_whole(folder / "agent.pt", content.getvalue())
-    print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps or 1000}")
+    print(f"done: {folder}; to go on: --resume {folder} --total-timesteps {2 * args.total_timesteps or 10_000}")
     [one.close() for one in (env, *eval_envs)]
 
 

@@ -250,6 +250,10 @@ def test_problems():
     following = obs[1:] + 0.01 * np.isin(np.arange(40), (14, 19, 29))[:, None]  # before the resets
     good = Transitions(obs[:-1], obs[1:, :1], obs[1:, 0], following, np.zeros(40))
     two, jump = [[0, 20], [20, 40]], following + 500 * (np.arange(80).reshape(40, 2) == 15)
+    moved = obs + 6 * (np.arange(41) > 19)[:, None]  # by a reset after row 19
+    after = good._replace(obs=moved[:-1], next_obs=moved[1:])
+    positive = lambda **_: gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(0), np.float32(3))  # noqa: E731
+    gym.register("Positive-v0", positive, max_episode_steps=15)
     cut, limited = good._replace(terminations=np.arange(40) % 15 == 14), [[0, 15], [15, 30], [30, 40]]
     for rows, episodes, there, words in (
         (good, two, None, []),
@@ -259,17 +263,22 @@ def test_problems():
         (good._replace(next_obs=jump), two, None, ["1 transitions jump, up to"]),
         (good._replace(next_obs=jump, terminations=np.arange(40) == 7), two, None, []),  # it needs no successor
         (good._replace(next_obs=np.vstack([obs[:3], following[3:]])), two, None, ["3 transitions do not change"]),
-        (good._replace(next_obs=obs[1:]), two, None, ["1 episodes end with the first observation of the next"]),
-        (good._replace(next_obs=obs[1:], terminations=np.arange(40) == 19), two, None, []),  # it needs no successor
+        (after, two, None, ["1 episodes end with the first observation of the next"]),
+        (after._replace(terminations=np.arange(40) == 19), two, None, []),  # it needs no successor
+        (good._replace(next_obs=obs[1:]), two, None, []),  # nothing was reset, as where Minari's collector goes on
+        (good._replace(next_obs=following.round(2)), two, None, []),
+        (good._replace(terminations=np.isin(np.arange(40), (13, 27))), [[0, 14], [14, 28], [28, 40]], env, []),
         (good._replace(terminations=np.arange(40) % 20 < 11), two, None, ["most rows are terminal"]),
         (good._replace(actions=np.linspace(-0.4, 0.4, 40)[:, None]), limited, env, []),  # scaled from bounds of +-2
         (good._replace(actions=np.linspace(-0.5, 0.5, 40)[:, None]), limited, env, ["all actions are in [-1, 1]"]),
+        (good._replace(actions=np.linspace(-1 / 3, 1 / 3, 40)[:, None]), limited, make_env("Positive-v0"), []),
         (good._replace(next_obs=following[::-1]), two, None, ["next_observations are not the rows that follow"]),
         (good._replace(actions=good.actions / 1e4), limited, env, ["(almost) constant action dimensions: 0"]),
         (good._replace(actions=np.zeros((40, 2))), two, None, ["(almost) constant action dimensions: 0, 1"]),
     ):
-        problems = find_problems(Dataset(rows, np.array(episodes), None, 0), there)
-        assert len(problems) == len(words) and all(map(str.startswith, problems, words))
+        for dropped in (0, 1):
+            problems = find_problems(Dataset(rows, np.array(episodes), None, dropped), there)
+            assert len(problems) == len(words) and all(map(str.startswith, problems, words)), problems
 
 
 def at(row: int, value: float, *width: int) -> np.ndarray:

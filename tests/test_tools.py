@@ -71,9 +71,10 @@ def test_thin(tool, tmp_path, monkeypatch):
     with h5py.File(path, "a") as file:
         file["infos/map"] = np.arange(3)
         file["next_observations"] = h5py.SoftLink("/observations")
+        file["infos/goal_achieved"] = h5py.SoftLink("/terminals")
     assert tool(data, "thin", path, few, "--episodes", 1) == f"{few}: 1 of 2 episodes, 30 of 80 rows\n"
     with h5py.File(path) as old, h5py.File(few) as new:
-        for key in ("observations", "next_observations", "timeouts", "infos/qpos", "infos/map"):
+        for key in ("observations", "next_observations", "timeouts", "infos/qpos", "infos/map", "infos/goal_achieved"):
             before, after = np.asarray(old[key]), np.asarray(new[key])
             assert np.array_equal(after, before if key == "infos/map" else before[50:]) and after.dtype == before.dtype
         assert new.attrs["source"] == old.attrs["source"] and new.attrs["thinned"] == "1 of 2 episodes, seed 0"

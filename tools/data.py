@@ -33,7 +33,7 @@ import demonstrations
 from tools import Parser, one_line_errors
 from tools.files import own_folder, write_d4rl
 from utils import InputError, reason, sources
-from utils.data import read_dataset
+from utils.data import OPTIONAL, REQUIRED, read_dataset
 from utils.envs import make_env
 from utils.problems import find_problems
 from utils.tasks import TASKS
@@ -113,8 +113,9 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
     try:
         with h5py.File(path, "r") as opened:
             opened.visititems(copy)
-            for name in set(rows).intersection(opened) - set(arrays):  # links, which visititems passes over
-                copy(name, opened[name])
+            for name in (*REQUIRED, *OPTIONAL):  # visititems passes over links
+                if name in opened and name not in arrays:
+                    copy(name, opened[name])
             attributes = dict(opened.attrs) | {"thinned": f"{episodes} of {total} episodes, seed {seed}"}
     except OSError as error:
         raise InputError(f"{path} is no HDF5 file of D4RL's layout ({reason(error)})") from None

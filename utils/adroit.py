@@ -53,8 +53,7 @@ class AdroitBinary(gym.Wrapper):
 
 def make(name: str, render_mode: str | None = None) -> gym.Env:
     module = importlib.import_module(f"gymnasium_robotics.envs.adroit_hand.adroit_{name}")
-    env = getattr(module, f"AdroitHand{name.capitalize()}Env")(render_mode=render_mode)
-    return AdroitBinary(env, name)
+    return AdroitBinary(getattr(module, f"AdroitHand{name.capitalize()}Env")(render_mode=render_mode), name)
 
 
 for _name, _limit in (("pen", 100), ("door", 200), ("relocate", 200), ("hammer", 200)):

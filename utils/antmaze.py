@@ -86,8 +86,7 @@ class AntMaze(gymnasium_mujoco.MujocoEnv):
         return self.state_vector(), float(success), success, False, {"success": success}
 
     def reset_model(self) -> np.ndarray:
-        corner = positions(self.maze, "g")[0]
-        self.goal = corner + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        self.goal = positions(self.maze, "g")[0] + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
         self.model.site("goal").pos[:2] = self.goal
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))

@@ -7,6 +7,7 @@ layout becomes flat arrays under D4RL's keys, and `ends` marks the last row of e
 
 import zipfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ def load_dataset(specs: Sequence[str], env: gym.Env, obs_keys: Sequence[str] = (
     success = "" if data.success is None else f", {data.success.mean():.1%} of them successful"
     print(f"data: {len(data.rows.obs):,} transitions in {len(data.episodes):,} episodes{success} ({' '.join(specs)})")
     if not all(spec.startswith("generated:") for spec in specs):  # what is made here is known to be right
-        from utils.problems import find_problems
-
-        for problem in find_problems(data, env, specs):
+        for problem in import_module("utils.problems").find_problems(data, env, specs):
             print(f"data: warning: {problem}")
     return data.rows
 
@@ -78,17 +77,14 @@ def first_episodes(data: Dataset, count: int) -> Dataset:
 def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] = ()) -> Arrays:
     """The flat arrays of a file of any layout, not yet checked; "generated:NAME" is made here."""
     if isinstance(path, str):
-        from demonstrations import demonstrations
-
-        return demonstrations(path.partition(":")[2], env)
+        return import_module("demonstrations").demonstrations(path.partition(":")[2], env)
     kind = "npz" if zipfile.is_zipfile(path) else "HDF5" if h5py.is_hdf5(path) else "npz or HDF5"
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
             keys = {str(key).rstrip("0123456789") for key in file}
             if keys & {"rewards", *OPTIONAL} or not keys & {"data", "episode_", "qpos"}:
                 return {key: numbers(file, key) for key in (*REQUIRED, *OPTIONAL) if key in file or key in REQUIRED}
-            from utils import layouts  # not needed for D4RL's layout
-
+            layouts = import_module("utils.layouts")  # not needed for D4RL's layout
             if "data" in keys:
                 return layouts.read_robomimic(file["data"], env, obs_keys)
             return layouts.read_minari(file, env) if "episode_" in keys else layouts.read_ogbench(file)

@@ -1,5 +1,6 @@
 """Environments with flat float32 observations, actions in [-1, 1], a time limit, and `success` in their infos."""
 
+import atexit
 import contextlib
 import io
 import warnings
@@ -52,7 +53,10 @@ def make_env(env_id: str, task="", max_episode_steps=0, action_repeat=1, obs_key
     flat: Any = spaces.flatten_space(space)
     bounds: Any = dict(a_min=flat.low, a_max=flat.high, dtype=flat.dtype)  # rounding may exceed them
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, **bounds).reshape(space.shape), flat)
-    return Checked(gym.wrappers.RescaleAction(env, *np.array([-1, 1], flat.dtype)))
+    env = Checked(gym.wrappers.RescaleAction(env, *np.array([-1, 1], flat.dtype)))
+    if render_mode:
+        atexit.register(env.close)  # while the graphics library is still there
+    return env
 
 
 def create(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
@@ -104,6 +108,10 @@ class Checked(gym.Wrapper):
     def step(self, action):
         self.steps += 1
         return self.checked(self.env.step, action)
+
+    def close(self):
+        with contextlib.suppress(Exception):  # by then everything is saved
+            self.env.close()
 
     def checked(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """What `function` of the environment returns: an observation first, and a reward if there are five values."""

@@ -1,6 +1,5 @@
 """When an environment fails, a user reads one line with the place in their own code; and pictures without a display."""
 
-import atexit
 import contextlib
 import importlib
 import os
@@ -45,15 +44,15 @@ def with_pictures(create: Any, env_id: str, kwargs: dict[str, Any]) -> gym.Env:
             if name in sys.modules:  # it was imported before the choice, and would look for a display
                 with contextlib.suppress(Exception):  # without EGL the first picture fails, in its own words
                     importlib.reload(sys.modules[name])
-    env = create(env_id, kwargs)
+    env, picture = create(env_id, kwargs), None
     try:
         env.reset(seed=0)
-        picture = env.render() if type(env.unwrapped).render is not gym.Env.render else None
+        with contextlib.suppress(NotImplementedError):  # it draws nothing
+            picture = env.render()
     except Exception as error:  # OpenGL's loaders raise whatever they like
         chosen = os.environ.get("MUJOCO_GL", "")
         advice = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri" if chosen == "egl" else "try MUJOCO_GL=egl"
         raise InputError(f"no pictures with MUJOCO_GL={chosen!r}: {reason(error)}; {advice}") from error
     if env.render_mode != "rgb_array" or not hasattr(picture, "shape"):
         raise InputError("no pictures: its `render_mode` must be 'rgb_array', and `render` must return an array")
-    atexit.register(env.close)  # while the graphics library is still there
     return env

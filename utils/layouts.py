@@ -108,8 +108,7 @@ def join(episodes: list[Arrays]) -> Arrays:
     for number, width in enumerate(widths):
         if width != widths[0] or not lengths[number]:
             raise InputError(f"episode {number} of the file is empty, or has other keys or widths than the first")
-    ends = np.zeros(sum(lengths), bool)
-    ends[np.cumsum(lengths) - 1] = True
+    ends = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
     return {key: np.concatenate([episode.pop(key) for episode in episodes]) for key in widths[0]} | {"ends": ends}
 
 

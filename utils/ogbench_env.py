@@ -52,5 +52,4 @@ def make(name: str, render_mode: str | None = None) -> gym.Env:
 
 for _name, _limit in (("cube-single", 200), ("cube-double", 500), ("scene", 750), ("puzzle-3x3", 500)):
     _id = f"expo/OGBench{''.join(word.capitalize() for word in _name.split('-'))}-v0"
-    _kwargs = {"name": f"{_name}-singletask-v0"}
-    gym.register(_id, f"{__name__}:make", max_episode_steps=_limit, kwargs=_kwargs)
+    gym.register(_id, f"{__name__}:make", max_episode_steps=_limit, kwargs={"name": f"{_name}-singletask-v0"})

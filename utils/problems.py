@@ -26,7 +26,8 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
         said |= json.loads(beside.read_text()) if path.name == "main_data.hdf5" and beside.exists() else {}
         there = dict(json.loads(said.get("env_spec") or "{}"))
         usual = {p.name: p.default for p in inspect.signature(type(env.unwrapped).__init__).parameters.values()}
-        said, here = json.loads(json.dumps([usual | (there.get("kwargs") or {}), usual | env.spec.kwargs], default=str))
+        both = usual | (there.get("kwargs") or {}), usual | env.spec.kwargs
+        said, here = json.loads(json.dumps(both, default=str, skipkeys=True))
     except (ValueError, TypeError) as error:
         return [f"{path}: its environment cannot be compared with the task's ({reason(error)})"]
     lines, repeat = [], env.get_wrapper_attr("repeat")
@@ -44,7 +45,8 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     rows, lengths = data.rows, data.episodes[:, 1] - data.episodes[:, 0]
     problems = [line for s in specs if env and s[:10] != "generated:" for line in recorded_elsewhere(find_file(s), env)]
     limit = (env.spec.max_episode_steps if env is not None and env.spec else None) or np.inf
-    ends = rows.terminations[data.episodes[lengths == limit - (data.dropped > 0), 1] - 1]  # the limit may have cut here
+    finals = rows.terminations[data.episodes[:, 1] - 1]  # with `dropped`, an episode that is not terminal lost one row
+    ends = finals[lengths + ((data.dropped > 0) & (finals == 0)) >= limit]  # the limit may have cut here
     steps = np.abs(rows.next_obs - rows.obs)
     steps[rows.terminations > 0] = 0
     usual, largest = np.quantile(steps, 0.95, axis=0), steps.max(axis=0)  # simulators seldom exceed five times usual
@@ -54,10 +56,11 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     constant = np.flatnonzero(np.ptp(rows.actions, axis=0) <= (0.01 if env else 0))  # of a range of 2
     still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
     last = data.episodes[:-1, 1] - 1  # the last row of every episode that another one follows
-    torn = np.delete(~np.isclose(rows.next_obs[:-1], rows.obs[1:], atol=1e-5).all(axis=1), last)
-    reset = ((rows.next_obs[last] == rows.obs[last + 1]).all(axis=1) & (rows.terminations[last] == 0)).sum()
-    bounds = env.get_wrapper_attr("native_spaces")[1].high.reshape(-1) if env is not None else np.ones(1)
-    divided = bounds.min() > 1 and 0.99 < (np.abs(rows.actions) * bounds).max() < 1.01  # by their bounds, low = -high
+    torn = np.delete(~np.isclose(rows.next_obs[:-1], rows.obs[1:], atol=0.1 * usual + 1e-5).all(axis=1), last)
+    reset = ((rows.next_obs[last] == rows.obs[last + 1]).all(axis=1) & (steps[last] > 2 * usual).any(axis=1)).sum()
+    space: Any = env.get_wrapper_attr("native_spaces")[1] if env is not None else gym.spaces.Box(-1, 1)
+    high = space.high.reshape(-1) * (space.low == -space.high).all()  # 0: no bounds that someone would divide by
+    divided = high.min() > 1 and 0.99 < (np.abs(rows.actions) * high).max() < 1.01
     possible = (
         (jumps.any(), f"{jumps.any(axis=1).sum():,} transitions jump, {size}: are ends of episodes missing?"),
         (constant.size, f"(almost) constant action dimensions: {', '.join(map(str, constant))}"),

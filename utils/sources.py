@@ -19,14 +19,11 @@ SOURCES = {
     "mimicgen": ("EXPO_CACHE_DIR", ".cache/expo", HUGGING_FACE + MIMICGEN),
 }
 # Name of a data set -> its path under the address. Of D4RL's only those that an environment here fits.
+HANDS = ("pen", "door", "relocate", "hammer")
 KNOWN = {
     "robomimic": {f"{t}/{d}": f"{t}/{d}/low_dim_v15.hdf5" for t in ("lift", "can", "square") for d in ("ph", "mh")},
     "mimicgen": {name: f"{name}.hdf5" for name in ("stack_d0", "stack_d1", "threading_d0", "threading_d1")},
-    "d4rl": {
-        f"{task}-{data}-v1": f"hand_dapg_v1/{task}-{data}-v1.hdf5"
-        for task in ("pen", "door", "relocate", "hammer")
-        for data in ("human", "cloned", "expert")
-    },
+    "d4rl": {f"{t}-{d}-v1": f"hand_dapg_v1/{t}-{d}-v1.hdf5" for t in HANDS for d in ("human", "cloned", "expert")},
 }
 for _name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
     _maze = {"u": "u-maze", "m": "big-maze", "l": "hardest-maze"}[_name[0]]

@@ -133,7 +133,8 @@ def parse_args(cls: type, description: str | None = None, argv: list[str] | None
     `--env-id` alone, leaves the defaults as they are. With `--resume DIR` the flags of that run are the defaults.
     """
     getattr(sys.stdout, "reconfigure", dict)(line_buffering=True, errors="backslashreplace")  # for `> log` and `| tee`
-    argv, default = [w.replace("=~/", f"={Path.home()}/", 1) for w in (sys.argv[1:] if argv is None else argv)], cls()
+    home, default = os.path.expanduser("~/"), cls()
+    argv = [word.replace("=~/", f"={home}", 1) for word in (sys.argv[1:] if argv is None else argv)]
     given = vars(read_flags(default, [word for word in argv if word not in ("-h", "--help")], description))
     flags, run_dir = vars(default), given.get("resume")
     alone = given.get("env_id") and not any(word.startswith("--task") for word in argv)
