@@ -65,7 +65,7 @@ def d4rl() -> Tree:
     tree |= {"actions": np.linspace(-0.7, 0.7, 8, dtype=np.float32)[:, None], "rewards": np.arange(8) * 2.0}
     for key, rows in (("terminals", [2]), ("timeouts", [4, 5]), ("infos/success", [1, 5])):
         tree[key] = np.isin(np.arange(8), rows)
-    return tree
+    return tree | {"infos/success": np.where(tree["infos/success"], 1, -1)}  # below 0 is no success
 
 
 def robomimic() -> Tree:
@@ -128,6 +128,13 @@ def test_minari_by_number_and_by_name(tmp_path):
     data = read(path)
     assert data.episodes.tolist() == [[0, 8], [8, 10]]
     assert data.rows.obs[:, 3] == pytest.approx(np.abs(data.rows.obs[:, :2]).max(axis=1))  # z after a
+    plain = Path(shutil.copy(FILES / "minari/reach/plain-v0/data/main_data.hdf5", tmp_path))
+    flat = read(plain)
+    with h5py.File(plain, "a") as file:  # as of spaces with more dimensions
+        for key in [f"episode_{i}/{name}" for i in (0, 1) for name in ("observations", "actions")]:
+            values: Any = file.pop(key)
+            file[key] = values[()][:, None]
+    assert all(np.array_equal(*arrays) for arrays in zip(read(plain).rows, flat.rows, strict=True))
 
 
 # The observations of the recorded files (tests/data/README.md): a step moves by half of an action.
@@ -164,10 +171,17 @@ def test_data_of_another_environment(tmp_path):
     assert find_problems(read(path, env=same), same, [str(path)]) == notes[4:]
     pendulum, path = make_env("Pendulum-v1"), write(tmp_path / "a.hdf5", pendulum_arrays())
     usual = find_problems(read(path), pendulum, [str(path)])
-    for kwargs, said in (({"g": 10.0}, []), ({"g": 1.0}, ["recorded with another g than the task's"])):
+    for spec, high, said in (
+        ({"kwargs": {"g": 10.0}, "additional_wrappers": [{"name": "FlattenObservation"}]}, 2, []),  # 10 is the default
+        ({"kwargs": {"g": 1.0}}, 2, ["another g than the task's"]),
+        ({"additional_wrappers": [{"name": "Rescale"}]}, 1, ["other bounds of actions", "the wrapper Rescale, which"]),
+    ):
         with h5py.File(path, "a") as file:
-            file.attrs["env_spec"] = json.dumps({"id": "Pendulum-v1", "kwargs": kwargs})
-        assert find_problems(read(path), pendulum, [str(path)]) == [*said, *usual]  # 10 is the default
+            file.attrs["env_spec"] = json.dumps({"id": "Pendulum-v1"} | spec)
+            file.attrs["action_space"] = json.dumps({"low": [-high], "high": [high]})
+        problems = find_problems(read(path), pendulum, [str(path)])
+        assert problems[len(said) :] == usual and len(problems) == len(said) + len(usual)
+        assert all(problem.startswith(f"recorded with {words}") for problem, words in zip(problems, said, strict=False))
     order: Any = gym.Wrapper(make_env("PointMaze_Large-v3"))
     order.native_spaces = gym.spaces.Dict(position=Box(-9, 9, (8,))), Box(-1, 1, (2,))
     assert "the environment's are position" in refused(FILES / "minari/maze/large-v0", env=order)
@@ -202,6 +216,7 @@ def test_ogbench(tmp_path):
     assert data.episodes.tolist() == [[0, 2], [2, 3]] and not data.rows.terminations.any()
     path = write(tmp_path / "a.npz", {key: value for key, value in ogbench().items() if key != "qpos"})
     assert "has no 'rewards'" in refused(path)  # a file of one's own, and its rewards were forgotten
+    assert "has no 'rewards'" in refused(tmp_path / "play.npz", env=make_env("Pendulum-v1"))  # nor has it a task
 
 
 def test_several_files_are_joined(tmp_path):
@@ -323,6 +338,11 @@ def test_broken_files(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: offset + 10] + bytes(50) + content[offset + 60 :])
     assert "'observations' cannot be read" in refused(path)  # the file opens, but its numbers are damaged
+    layout = h5py.VirtualLayout((20, 3), float)
+    layout[:] = h5py.VirtualSource("gone.hdf5", "observations", (20, 3))
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("observations", layout)
+    assert "'observations' cannot be read (it is a group, or virtual" in refused(path)
     texts = b"observations,actions\n1,2\n" * 500, b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", os.urandom(5000)
     for wrong in (b"", content[: len(content) // 10], content[:-400], *texts):
         path.write_bytes(wrong)

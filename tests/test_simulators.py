@@ -136,8 +136,11 @@ def test_bad_environments():
         gym.register(env_id, lambda render_mode, make=make: make(), max_episode_steps=5)  # pyright: ignore
         with pytest.raises(InputError, match="no pictures: its `render_mode` must be 'rgb_array'"):
             make_env(env_id, render_mode="rgb_array")
+    gym.register("Old-v0", type("Old", (Scripted,), {"reset": lambda *_, **__: ONE}), max_episode_steps=5)  # pyright: ignore
+    with pytest.raises(InputError, match=r"reset: Gymnasium's reset returns \(obs, info\)"):
+        make_env("Old-v0").reset()
     # A wrapper may draw. A close that fails, as when two share a robot, ends no run.
-    draws = type("Draws", (gym.Wrapper,), {"render": lambda _: np.zeros((2, 2, 3)), "close": lambda _: 1 / 0})
+    draws = type("Draws", (gym.Wrapper,), {"render": lambda _: np.zeros((2, 2, 3), np.uint8), "close": lambda _: 1 / 0})
     gym.register("Draws-v0", lambda render_mode: draws(blind()), max_episode_steps=5)  # pyright: ignore
     make_env("Draws-v0", render_mode="rgb_array").close()
 

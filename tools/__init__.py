@@ -16,6 +16,7 @@ class Parser(argparse.ArgumentParser):
 def one_line_errors(main: Callable[[], None]) -> None:
     """main(), where bad input ends with one line on stderr and exit code 2."""
     try:
+        getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # of `... | head`: nobody reads any more

@@ -108,7 +108,7 @@ def thin(file: str, out: Path, episodes: int, seed: int) -> None:
 
     def copy(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):  # what has no value for each row is copied whole
-            arrays[name] = item[()][keep] if item.shape[:1] == keep.shape else item[()]
+            arrays[name] = item[()][keep] if (item.shape or ())[:1] == keep.shape else item[()]
 
     try:
         with h5py.File(path, "r") as opened:

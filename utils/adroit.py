@@ -4,10 +4,9 @@ The reward is 1 if the goal is reached after the step, else 0. Only the time lim
 lost again. gymnasium-robotics' own dense rewards have a term with the wrong sign in door, relocate and hammer.
 """
 
-import importlib
-
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import WrapperSpec
 
 from utils.arrays import Arrays
 
@@ -51,11 +50,8 @@ class AdroitBinary(gym.Wrapper):
         return arrays | {"rewards": rewards, "infos/success": success.astype(bool), "terminals": never}
 
 
-def make(name: str, render_mode: str | None = None) -> gym.Env:
-    module = importlib.import_module(f"gymnasium_robotics.envs.adroit_hand.adroit_{name}")
-    return AdroitBinary(getattr(module, f"AdroitHand{name.capitalize()}Env")(render_mode=render_mode), name)
-
-
 for _name, _limit in (("pen", 100), ("door", 200), ("relocate", 200), ("hammer", 200)):
-    _id, _kwargs = f"expo/Adroit{_name.capitalize()}Binary-v1", {"name": _name}
-    gym.register(_id, f"{__name__}:make", max_episode_steps=_limit, kwargs=_kwargs)
+    _id, _class = f"expo/Adroit{_name.capitalize()}Binary-v1", f"AdroitHand{_name.capitalize()}Env"
+    _entry = f"gymnasium_robotics.envs.adroit_hand.adroit_{_name}:{_class}"
+    _binary = WrapperSpec("AdroitBinary", f"{__name__}:AdroitBinary", {"name": _name})
+    gym.register(_id, _entry, max_episode_steps=_limit, additional_wrappers=(_binary,))

@@ -38,8 +38,8 @@ def numbers(group: Any, key: str, rows: int | None = None) -> np.ndarray:
         raise InputError(f"has no {name!r} (it has: {', '.join(list(group)[:12]) or 'nothing'})")
     try:
         item = group[key]
-        if isinstance(item, h5py.Group):
-            raise TypeError("it is a group; an array is needed there")
+        if isinstance(item, h5py.Group) or getattr(item, "is_virtual", False):  # HDF5 reads zeros where a part is gone
+            raise TypeError("it is a group, or virtual; a plain array is needed there")
         array = np.asarray(item.astype(np.float32)[()] if item.dtype.kind == "f" else item[()])
     except Exception as error:  # h5py and numpy raise many kinds for a damaged array
         raise InputError(f"{name!r} cannot be read ({reason(error)})") from error

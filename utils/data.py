@@ -82,7 +82,8 @@ def read(path: Path | str, env: gym.Env | None = None, obs_keys: Sequence[str] =
     try:
         with np.load(path, allow_pickle=False) if kind == "npz" else h5py.File(path, "r") as file:
             keys = {str(key).rstrip("0123456789") for key in file}
-            if keys & {"rewards", *OPTIONAL} or not keys & {"data", "episode_", "qpos"}:
+            play = {"qpos"} if env is None or env.has_wrapper_attr("relabel_rows") else set()  # the task gives rewards
+            if keys & {"rewards", *OPTIONAL} or not keys & {"data", "episode_", *play}:
                 return {key: numbers(file, key) for key in (*REQUIRED, *OPTIONAL) if key in file or key in REQUIRED}
             layouts = import_module("utils.layouts")  # not needed for D4RL's layout
             if "data" in keys:
@@ -119,7 +120,7 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
     nonempty = episodes[:, 1] > episodes[:, 0]
     success = arrays.get("infos/success")
     if success is not None:
-        success = np.maximum.reduceat(success.astype(bool), starts)[nonempty]
+        success = np.maximum.reduceat(success > 0, starts)[nonempty]
     kept = slice(None) if keep.all() else keep  # a slice makes no copy
     columns = (obs[kept], arrays.pop("actions")[kept], arrays["rewards"][kept], next_obs, terminals[kept])
     rows = Transitions(*(column.astype(np.float32, copy=False) for column in columns))
@@ -128,8 +129,8 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
 
 def find_ends(arrays: Arrays) -> None:
     """Adds `ends` (n,) bool, and one name for success. D4RL's AntMaze goes on after a terminal row: no episode ends."""
-    if "infos/goal_achieved" in arrays:
-        arrays.setdefault("infos/success", arrays.pop("infos/goal_achieved"))
+    said = [arrays.pop(key) > 0 for key in ("infos/success", "infos/goal_achieved") if key in arrays]
+    arrays |= {"infos/success": said[0]} if said else {}
     terminals = arrays["terminals"].astype(bool)
     timeouts = arrays.get("timeouts", np.zeros(len(terminals))).astype(bool)
     if "masks" in arrays:  # OGBench's word for "not terminal": its `terminals` end a trajectory for whatever reason
@@ -140,9 +141,8 @@ def find_ends(arrays: Arrays) -> None:
             follows = (arrays["next_observations"][:-1] == obs[1:]).all(axis=1)
             arrays["ends"][:-1] = timeouts[:-1] | (terminals[:-1] & ~follows)
         elif timeouts[:-1].any() and terminals.any():
-            from utils.layouts import steps_within_episodes
-
-            arrays["ends"][:-1] &= timeouts[:-1] | ~steps_within_episodes(obs, terminals, timeouts)
+            inside = import_module("utils.layouts").steps_within_episodes(obs, terminals, timeouts)
+            arrays["ends"][:-1] &= timeouts[:-1] | ~inside
     arrays["ends"][-1] = True
 
 

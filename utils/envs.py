@@ -118,7 +118,9 @@ class Checked(gym.Wrapper):
         try:
             if args and not np.isfinite(args[0]).all():
                 raise InputError("the action is not finite, so the networks are not; lower the learning rates")
-            obs, *rest = function(*args, **kwargs)
+            obs, *rest = answer = function(*args, **kwargs)
+            if not isinstance(answer, tuple) or len(rest) not in (1, 4):
+                raise InputError("Gymnasium's reset returns (obs, info), and its step five values")
             space: Any = self.env.observation_space  # a Box of integers may come with floats: they stay what they are
             obs = np.array(obs if isinstance(space, spaces.Box) else spaces.flatten(space, obs), np.float32).ravel()
             if obs.shape != self.observation_space.shape:

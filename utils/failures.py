@@ -53,6 +53,6 @@ def with_pictures(create: Any, env_id: str, kwargs: dict[str, Any]) -> gym.Env:
         chosen = os.environ.get("MUJOCO_GL", "")
         advice = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri" if chosen == "egl" else "try MUJOCO_GL=egl"
         raise InputError(f"no pictures with MUJOCO_GL={chosen!r}: {reason(error)}; {advice}") from error
-    if env.render_mode != "rgb_array" or not hasattr(picture, "shape"):
-        raise InputError("no pictures: its `render_mode` must be 'rgb_array', and `render` must return an array")
+    if env.render_mode != "rgb_array" or (getattr(picture, "dtype", 0), getattr(picture, "ndim", 0)) != ("uint8", 3):
+        raise InputError("no pictures: its `render_mode` must be 'rgb_array', and a picture (H, W, 3) of uint8")
     return env

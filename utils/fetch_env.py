@@ -1,11 +1,11 @@
 """An arm lifts a block: gymnasium-robotics' FetchPickAndPlace with unit-sized observations and goals in the air."""
 
-import importlib
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import WrapperSpec
 
 MIDDLE = np.array([1.34, 0.75, 0.425])  # metres: the middle of all blocks at the start, which lie on the table
 
@@ -42,9 +42,6 @@ def unit_size(state: np.ndarray, goal: np.ndarray) -> np.ndarray:
     return np.concatenate([*places, *moves])
 
 
-def make(render_mode: str | None = None) -> gym.Env:
-    module = importlib.import_module("gymnasium_robotics.envs.fetch.pick_and_place")
-    return PickAndPlace(module.MujocoFetchPickAndPlaceEnv(render_mode=render_mode))
-
-
-gym.register("expo/FetchPickAndPlace-v1", f"{__name__}:make", max_episode_steps=50)
+_entry = "gymnasium_robotics.envs.fetch.pick_and_place:MujocoFetchPickAndPlaceEnv"
+_wrapper = WrapperSpec("PickAndPlace", f"{__name__}:PickAndPlace", {})
+gym.register("expo/FetchPickAndPlace-v1", _entry, max_episode_steps=50, additional_wrappers=(_wrapper,))

@@ -29,11 +29,11 @@ def read_minari(file: Any, env: gym.Env | None) -> Arrays:
     """Minari's layout: an episode of T steps has T + 1 observations, and may have T + 1 values of success."""
     episodes = []
     for group in numbered(file, "episode_"):
-        episode = {"actions": numbers(group, "actions")}
-        steps = len(episode["actions"])
+        actions = numbers(group, "actions")
+        steps, width = len(actions), actions[:1].size or 1
         obs = minari_observations(group, env, steps + 1)
-        episode |= {"observations": obs[:-1], "next_observations": obs[1:], "rewards": numbers(group, "rewards", steps)}
-        episode["terminals"] = numbers(group, "terminations", steps)
+        episode = {"observations": obs[:-1], "next_observations": obs[1:], "rewards": numbers(group, "rewards", steps)}
+        episode |= {"actions": actions.reshape(steps, width), "terminals": numbers(group, "terminations", steps)}
         for key in ("infos/goal_achieved", "infos/is_success", "infos/success"):  # the last one counts
             if key in group:
                 episode["infos/success"] = numbers(group, key).reshape(-1)[-steps:]
@@ -45,7 +45,7 @@ def minari_observations(group: Any, env: gym.Env | None, rows: int) -> np.ndarra
     """Observations (rows, O) of an episode. Parts of a Dict or Tuple stand in the environment's order, or by name."""
     item = group.get("observations")
     if not isinstance(item, h5py.Group):
-        return numbers(group, "observations", rows)
+        return numbers(group, "observations", rows).reshape(rows, -1)
     names: list[str] = []
     item.visititems(lambda name, child: names.append(name) if isinstance(child, h5py.Dataset) else None)
     names.sort(key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name.replace("/", "\0"))])

@@ -24,13 +24,18 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
             said: dict[str, Any] = dict(file.attrs)
         beside = path.with_name("metadata.json")  # Minari's since 0.5
         said |= json.loads(beside.read_text()) if path.name == "main_data.hdf5" and beside.exists() else {}
-        there = dict(json.loads(said.get("env_spec") or "{}"))
+        there, space = (dict(json.loads(said.get(key) or "{}")) for key in ("env_spec", "action_space"))
         usual = {p.name: p.default for p in inspect.signature(type(env.unwrapped).__init__).parameters.values()}
         both = usual | (there.get("kwargs") or {}), usual | env.spec.kwargs
         said, here = json.loads(json.dumps(both, default=str, skipkeys=True))
     except (ValueError, TypeError) as error:
         return [f"{path}: its environment cannot be compared with the task's ({reason(error)})"]
-    lines, repeat = [], env.get_wrapper_attr("repeat")
+    lines, repeat, native = [], env.get_wrapper_attr("repeat"), env.get_wrapper_attr("native_spaces")[1]
+    if "low" in space and not np.allclose([space["low"], space["high"]], [native.low, native.high]):
+        lines.append("recorded with other bounds of actions than the task's")
+    own = {w.name for w in gym.spec(env.spec.id).additional_wrappers} | {"FlattenObservation", "RecordVideo"}
+    wrappers = {w["name"] for w in there.get("additional_wrappers") or ()} - own
+    lines += [f"recorded with the wrapper {name}, which the task does not have" for name in sorted(wrappers)]
     if there.get("id", env.spec.id) != env.spec.id:
         lines.append(f"recorded in {there['id']}, the task is {env.spec.id}")
     different = [key for key in sorted(said | here) if said.get(key) != here.get(key) and key != "render_mode"]

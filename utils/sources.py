@@ -48,13 +48,13 @@ def locate(spec: str) -> tuple[Path, str]:
 def split_count(spec: str) -> tuple[str, int]:
     """FILE:10 means the first 10 episodes of FILE, and FILE alone means all of them, which is 0 here."""
     name, _, count = spec.rpartition(":")
-    return (name, int(count)) if name and count.isdigit() and int(count) and not Path(spec).exists() else (spec, 0)
+    return (name, int(count)) if name and count.isdecimal() and int(count) and not Path(spec).exists() else (spec, 0)
 
 
 def find_file(spec: str) -> Path:
     """The file behind a path or a word of --dataset, with or without a count. Nothing is downloaded."""
     name, _ = split_count(spec)
-    kind, path, missing = name.partition(":")[0], Path(name).expanduser(), "no such file"
+    kind, path, missing = name.partition(":")[0], Path(os.path.expanduser(name)), "no such file"
     if kind in SOURCES:
         path = locate(name)[0]
         missing = f"it is not on this machine ({path}); run: python tools/data.py download {name}"

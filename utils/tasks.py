@@ -217,7 +217,7 @@ def check_flags(flags: dict[str, Any]) -> None:
     for wrong, problem in (
         (not flags["env_id"], "--env-id is empty; name a --task or an --env-id"),
         (holds_run, f"--run-dir {given('run_dir')} already holds a run; choose another folder, or --resume it"),
-        (not flags["dataset"], "--dataset is missing: every script starts from offline data (docs/data.md)"),
+        (not all(flags["dataset"] or [""]), "--dataset is missing: every script starts from data (docs/data.md)"),
         (0 < flags["total_timesteps"] <= flags["learning_starts"], "--total-timesteps must exceed --learning-starts"),
         (given("device") == "cuda" and not cuda(), "--device cuda: torch finds no CUDA here"),
         (given("compile") and not compiler, "--compile needs a C++ compiler and Python.h: apt install g++ python3-dev"),
