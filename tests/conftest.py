@@ -1,6 +1,7 @@
 """What the tests share: the scripts, small agents and batches, and a cache folder of their own."""
 
 import importlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,12 @@ EVERY_SCRIPT = [*SCRIPTS, *BASELINES, *VARIANTS]
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; a grid would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """Only `-m gpu` sees a GPU. Where torch has one, a fork (tests/running.py) cannot train after its parent has."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,7 +33,6 @@ def test_throughput_measures_rows(tmp_path, monkeypatch, capsys):
     assert whole > fewer > faster > rlpd > 0 and "| baselines.rlpd |" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_graph_without_a_gpu_is_one_clear_error():
     with pytest.raises(InputError, match="needs a GPU; run the script itself"):
         throughput.Side("cuda_graph expo_flow", ["--task", "pointmaze-umaze"]).update()
