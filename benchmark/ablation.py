@@ -5,10 +5,7 @@
 The changes are the functions below. All flags but --change and --script go to the script.
 """
 
-import argparse
-import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
-from tools import one_line_errors
-from utils.tasks import parse_args
+from tools.changed import run_changed
 
 
 def acting_only(script: Any) -> None:
@@ -150,18 +146,16 @@ def fresh_actions(script: Any) -> None:
 
 def base_acts_first(script: Any) -> None:
     """The base policy alone takes the first quarter of the environment steps (evaluations have several episodes)."""
-    update, act = script.update, script.Agent.on_the_fly_actions
-
-    def counted(agent: Any, optimizers: Any, batch: Any) -> dict[str, Tensor]:
-        agent.base_acts = steps_of(optimizers.base) < agent.args.offline_steps + agent.args.total_timesteps // 4
-        return update(agent, optimizers, batch)
+    create, act, optimizers = script.Optimizers, script.Agent.on_the_fly_actions, []
+    script.Optimizers = lambda *args: optimizers.append(create(*args)) or optimizers[-1]
 
     def first(agent: Any, obs: Tensor) -> Tensor:
-        if agent.base_acts and len(obs) == 1:  # not in an evaluation
+        updates = agent.args.offline_steps + agent.args.utd_ratio * (agent.args.total_timesteps // 4)  # of the critics
+        if steps_of(optimizers[-1].critic) <= updates and len(obs) == 1:  # not in an evaluation
             return agent.base_actions(obs, agent.target_base_policy, 1).squeeze(-2)
         return act(agent, obs)
 
-    script.update, script.Agent.on_the_fly_actions, script.Agent.base_acts = counted, first, True
+    script.Agent.on_the_fly_actions = first
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> int:
@@ -169,16 +163,8 @@ def steps_of(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
-def run_changed(*changes: Callable[[Any], None]) -> None:
-    """Reads --script, and --change if there are several, and runs the script with the change made."""
-    parser, names = argparse.ArgumentParser(add_help=False, allow_abbrev=False), {f.__name__: f for f in changes}
-    parser.add_argument("--change", choices=names, required=len(changes) > 1, default=changes[0].__name__)
-    parser.add_argument("--script", required=True)
-    options, flags = parser.parse_known_args()
-    change, script = names[options.change], importlib.import_module(options.script)
-    one_line_errors(lambda: change(script) or script.main(parse_args(script.Args, script.__doc__, flags)))
-
-
 if __name__ == "__main__":
-    controls = acting_only, gaussian_base, edit_without_choice, former_starts, imitate_first, imitate_half
-    run_changed(*controls, online_mean, other_heads, lower_bound, small_first_edits, fresh_actions, base_acts_first)
+    controls = acting_only, gaussian_base, edit_without_choice, former_starts
+    cures = online_mean, other_heads, lower_bound, small_first_edits, fresh_actions, base_acts_first
+    expo = dict.fromkeys((*controls, *cures), ("expo_diffusion", "expo_flow", "expo_finetune"))
+    run_changed(expo | dict.fromkeys((imitate_first, imitate_half), ("baselines.rlpd",)))

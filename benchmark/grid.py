@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.files import hold
 from utils import InputError
 from utils.tasks import TASKS
 
@@ -66,7 +67,7 @@ def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[
         for key, value in grid.items():
             if not isinstance(value, KEYS.get(key, ())):
                 raise ValueError(f"{key!r} is unknown, or of a wrong type (known: {', '.join(KEYS)})")
-        seeds, tasks, methods = grid["seeds"], grid.get("tasks", [""]), grid["methods"].items()
+        seeds, tasks, methods = dict.fromkeys(grid["seeds"]), grid.get("tasks", [""]), grid["methods"].items()
         variants = grid.get("variants", {"": ""}).items()
         if unknown := (set(tasks) | set(grid.get("task_flags", {}))) - {"", *TASKS}:
             raise ValueError(f"unknown task {unknown.pop()!r} (known: {', '.join(TASKS)})")
@@ -122,28 +123,28 @@ class Work:
     def do(self) -> str:
         run_dir, log, result_dir = self.run.run_dir, self.run.beside(".log"), self.run.result_dir
         log.parent.mkdir(parents=True, exist_ok=True)
-        goes_on = (run_dir / "args.json").exists()
-        if goes_on and not self.run.made(read_record(run_dir), LONGER):
-            return f"{run_dir} was made by another command than the grid has now; delete it to start it anew"
-        flag = ["--resume" if goes_on else "--run-dir", os.path.relpath(run_dir, ROOT)]  # seen from where it is started
-        words = [sys.executable, *self.run.command, *flag]
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})
-        # Slurm's warning before a time limit, SIGUSR2, is for us. A process inherits which signals are blocked.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-        with open(log, "ab") as file:  # a session of its own: Ctrl-C reaches only us, so that a run gets one signal
+        with open(log, "ab") as file:
+            if not hold(file):  # the script holds it, too, because it writes this file
+                return f"another process does this run; its output is {log}"
+            if result_dir.exists():  # another process did it in the meantime
+                return ""
+            old, place = (run_dir / "args.json").exists(), os.path.relpath(run_dir, ROOT)
+            if old and not self.run.made(read_record(run_dir), LONGER):
+                return f"{run_dir} was made by another command than the grid has now; delete it to start it anew"
+            words = [sys.executable, *self.run.command, "--resume" if old else "--run-dir", place]
+            env = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})
+            # Slurm's warning before a time limit, SIGUSR2, is for us, and Ctrl-C, too: so that a run gets one signal.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
             self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
-        if self.stopped:  # in the meantime
-            self.process.terminate()
-        if code := self.process.wait():
-            lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
-            return f"exit code {code}: {lines[-1] if lines else 'no output'} ({log})"
-        part = result_dir.with_name(f"{result_dir.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name in ("metrics.csv", "args.json"):
-            shutil.copy(run_dir / name, part / name)
-        os.replace(part, result_dir)  # both files or none
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+            if self.stopped:  # in the meantime
+                self.process.terminate()
+            if code := self.process.wait():
+                lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+                return f"exit code {code}: {lines[-1] if lines else 'no output'} ({log})"
+            part, kept = result_dir.with_name(f"{result_dir.name}.part"), {"metrics.csv", "args.json"}
+            shutil.copytree(run_dir, part, ignore=lambda _, names: {*names} - kept, dirs_exist_ok=True)
+            os.replace(part, result_dir)  # both files or none
         return ""
 
     def stop(self) -> None:

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
-from benchmark.ablation import run_changed
+from tools.changed import run_changed
 from utils import InputError
 from utils.envs import make_env
 
@@ -75,7 +75,7 @@ def overestimation(script: Any) -> None:
     script.Agent = lambda *args: agents.append(create(*args)) or agents[-1]
 
     def measured(policies: dict[str, Any], envs: list[gym.Env], args: Any, device: torch.device) -> dict[str, float]:
-        limit = args.max_episode_steps or (envs[0].spec and envs[0].spec.max_episode_steps) or 1_000
+        limit: Any = args.max_episode_steps or -(-envs[0].spec.max_episode_steps // args.action_repeat)  # pyright: ignore
         flags = args.env_id, args.task, 3 * limit, args.action_repeat, args.obs_keys
         recorders[:] = recorders or [Recorder(make_env(*flags)) for _ in envs]
         for recorder in recorders:
@@ -88,4 +88,4 @@ def overestimation(script: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_changed(overestimation)
+    run_changed({overestimation: ()})

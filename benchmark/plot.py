@@ -3,11 +3,9 @@
     python benchmark/plot.py benchmark/results/mazes --metrics edit/alpha --out mazes.png
     python benchmark/plot.py runs/pointmaze* --per-seed
 
-Curves are interquartile means over seeds with 95 % bootstrap intervals, over environment steps and over seconds. They
-show success where the environment reports it, else the return. docs/benchmark.md defines every column of the tables.
+Curves are interquartile means over seeds with 95 % bootstrap intervals. docs/benchmark.md defines all columns.
 """
 
-import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -79,9 +77,11 @@ def read_results(folders: tuple[Path, ...]) -> Results:
             seeds = found.setdefault(task, {}).setdefault(method, {})
             if (seed := int(str(seed).removeprefix("seed"))) in seeds:
                 raise InputError(f"{path.parent}: {task}, {method}, seed {seed} is there twice; leave one of them out")
-            seeds[seed] = read_metrics(path)
+            seeds[seed] = keys = read_metrics(path)
+            if method.startswith("base_alone"):  # its base policy counts, not the choice of untrained critics
+                keys |= {key.replace("base_", ""): keys[key] for key in keys if key.startswith("eval/base_")}
             settings = {k: v for k, v in args.items() if f"--{k.replace('_', '-')}" not in GIVEN | NEUTRAL}
-            settings["last step"] = max((curve.steps[-1] for curve in seeds[seed].values()), default=0)
+            settings["last step"] = max((curve.steps[-1] for curve in keys.values()), default=0)
             first = first_of.setdefault((task, method), settings)
             if differing := [key for key in first | settings if first.get(key) != settings.get(key)]:
                 print(f"warning: {path.parent} differs from the first seed of {method} in {', '.join(differing)}")
@@ -91,9 +91,16 @@ def read_results(folders: tuple[Path, ...]) -> Results:
 
 
 def curves(seeds: Seeds, key: str, first: float = -np.inf) -> dict[int, Curve]:
-    """Seed -> the rows of one key from step `first` on, where there are any."""
-    found = {s: keys[key] for s, keys in sorted(seeds.items()) if key in keys and keys[key].steps[-1] >= first}
-    return {seed: Curve(*(column[curve.steps >= first] for column in curve)) for seed, curve in found.items()}
+    """Seed -> the rows of one key from step `first` on, where there are any. Evaluations without word of success: 0."""
+    found = {}
+    for seed, keys in sorted(seeds.items()):
+        curve = keys.get(key.replace("success_rate", "return"), keys.get(key))
+        if curve and key.endswith("success_rate"):
+            said = dict(zip(keys[key].steps, keys[key].values, strict=True)) if key in keys else {}
+            curve = curve._replace(values=np.array([said.get(step, 0.0) for step in curve.steps]))
+        if curve and curve.steps[-1] >= first:
+            found[seed] = Curve(*(column[curve.steps >= first] for column in curve))
+    return found
 
 
 def reached(curve: Curve, level: float) -> tuple[float, float]:
@@ -155,8 +162,7 @@ def table(shown: dict[str, dict[int, Curve]], success: bool, seeds: dict[str, Se
             cells += [number([reached(curve, level)[0] for curve in found]) for level in (0.5, 0.8, 0.9)]
             cells += [number([reached(curve, 0.9)[1] for curve in found])]
         for metric in metrics:
-            key = metric.replace("eval/", "eval/base_") if method.startswith("base_alone") else metric
-            last = [curve.values[-1] for curve in curves(seeds[method], key).values()]
+            last = [curve.values[-1] for curve in curves(seeds[method], metric).values()]
             cells.append(f"{np.median(last):.3g}" if last else "-")
         rows.append(cells)
     return markdown([*head, *(f"{metric}, last" for metric in metrics)], rows)
@@ -183,7 +189,7 @@ def style(place: int) -> dict[str, Any]:
 
 def draw(axis: Any, found: list[Curve], over: str, place: int, **style: Any) -> None:
     """Interquartile mean and interval, at the steps that all seeds share. Markers of curves that coincide alternate."""
-    steps = functools.reduce(np.intersect1d, [curve.steps for curve in found])
+    steps = sorted(set.intersection(*(set(curve.steps) for curve in found)))
     rows = [np.isin(curve.steps, steps) for curve in found]
     values = np.stack([curve.values[row] for curve, row in zip(found, rows, strict=True)])
     x = np.median([getattr(curve, over)[row] for curve, row in zip(found, rows, strict=True)], axis=0)
@@ -243,18 +249,24 @@ def main(
         less: also print how far all methods are above this one, or above own_base, own_base_now (docs/benchmark.md).
         marks: vertical lines in the figure, at these environment steps.
     """
+    if out and out.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {out} must end with .png, .pdf or .svg")
+    if not results:
+        raise InputError("name folders of benchmark/results, or of runs, before the flags")
     found, shown, keys = read_results(results), {}, {}
+    if unknown := set(methods).difference(*found.values()):
+        raise InputError(f"--methods: there is no {unknown.pop()}")
     for task, by_method in found.items():
-        names = [name for name in (*KNOWN, *sorted({*by_method} - {*KNOWN})) if name in by_method]
-        names = [name for name in names if not methods or name in methods]
+        names = sorted(by_method.keys() & (methods or by_method), key=lambda n: ([*KNOWN, n].index(n), n))
+        if not names:  # another task has them
+            continue
         success = any("eval/success_rate" in keys for name in names for keys in by_method[name].values())
         keys[task] = key = "eval/success_rate" if success else "eval/return"
         base = {name: curves(by_method[name], key.replace("/", "/base_"), 0) for name in names}
-        # Of a run without critics the base policy counts, not the choice of untrained critics.
-        parts = {n: base[n] if n.startswith("base_alone") else curves(by_method[n], key, 0) for n in names}
+        parts = {name: curves(by_method[name], key, 0) for name in names}
         shown[task] = {name: by_seed for name, by_seed in parts.items() if by_seed}
         if not shown[task]:
-            raise InputError(f"{task}: no run {'of these methods ' * bool(methods)}has {key} at step 0 or later")
+            raise InputError(f"{task}: no run has {key} at step 0 or later")
         if less and less not in (*shown[task], "own_base", "own_base_now"):
             raise InputError(f"--less {less}: {task} shows no such method (it shows {', '.join(shown[task])})")
         solved = ("eval/solved_share",) if task.startswith("adroit") else ()  # the metric of the paper there

@@ -1,11 +1,8 @@
-"""Runs what is missing of a grid, on this machine or on a Slurm cluster; docs/benchmark.md says more.
+"""Runs what is missing of a grid, on this machine or on a Slurm cluster. docs/benchmark.md has more commands.
 
     python benchmark/run.py benchmark/grids/mazes.toml --processes 8 --gpus 4
-    python benchmark/run.py benchmark/grids/mazes.toml --engine slurm --sbatch "partition=gpu gpus-per-node=1"
 
-A run works in runs/grids/. At its end metrics.csv and args.json are copied to
-benchmark/results/<grid>/<task>/<method>/seed<n>/. A run that is there is skipped the next time. A run that was stopped
-or killed continues from its checkpoint. A run that fails is reported with its last line, and makes the exit code 1.
+A run that is done is skipped. A run that was stopped goes on. A run that fails makes the exit code 1.
 """
 
 import concurrent.futures

@@ -17,7 +17,8 @@ def queue_runs(runs: list[Run], sbatch: str, minutes: int, processes: int) -> No
     try:
         import submitit  # pyright: ignore[reportMissingImports]
 
-        options["additional_parameters"] = dict(word.removeprefix("--").split("=", 1) for word in sbatch.split())
+        words = (word.removeprefix("--").partition("=") for word in sbatch.split())
+        options["additional_parameters"] = {key: value if equals else True for key, equals, value in words}
         queued = subprocess.check_output("squeue --me --noheader --array --format=%i".split(), text=True).split()
         new = [run for run in runs if not run.beside(".job").exists() or run.beside(".job").read_text() not in queued]
         executor = submitit.SlurmExecutor(runs[0].run_dir.parent.parent.parent / "slurm", max_num_timeout=100)

@@ -6,7 +6,9 @@ All other flags go to the scripts. Times are medians. On a shared machine a rati
 """
 
 import importlib
+import inspect
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -29,8 +31,6 @@ from tools import one_line_errors
 from tools.cuda_graph import cuda_graph
 from utils.envs import make_env
 from utils.tasks import parse_args
-
-COMPILED = "on_the_fly_actions base_actions with_edits critic_loss filter_loss edit_policy_loss actor_loss".split()
 
 
 @dataclass
@@ -60,10 +60,13 @@ class Side:
         obs, next_obs = torch.randn(2, size, self.dims[0])
         data = obs, 2 * torch.rand(size, self.dims[1]) - 1, torch.randn(size), next_obs, torch.zeros(size)
         self.agent = script.Agent(*self.dims, args).to(device)
-        self.optimizers, self.buffer = script.Optimizers(self.agent, args), script.ReplayBuffer(data, 1, device)
+        self.optimizers = script.Optimizers(self.agent, args)
+        windows = (args.chunk_length, args.gamma) if hasattr(args, "chunk_length") else ()
+        self.buffer = script.ReplayBuffer(data, 1, device, *windows)
         self.obs = self.buffer.fields.obs[:1]
-        if args.compile:
-            for name in (name for name in COMPILED if hasattr(self.agent, name)):
+        if args.compile:  # what the script's `main` compiles
+            names = re.findall(r"for name in (.*):\n.*torch.compile", inspect.getsource(script.main))[0]
+            for name in re.findall(r"\w+", names):
                 setattr(self.agent, name, torch.compile(getattr(self.agent, name), options={"fallback_random": True}))
 
     def configure(self) -> None:
@@ -78,7 +81,7 @@ class Side:
 
     def action(self) -> torch.Tensor:
         self.configure()
-        return getattr(self.agent, "on_the_fly_actions", self.agent)(self.obs)
+        return getattr(self.agent, type(self.agent).forward.__name__)(self.obs)
 
 
 def clock(cpu_time: bool = False) -> float:
@@ -93,7 +96,7 @@ def measure(functions: dict[str, Callable[[], Any]], options: Options) -> dict[s
     for repeat in range(options.repeats + 1):
         for name, function in functions.items():
             count, begin = 0, clock(options.cpu_time)  # a single short call would measure the clock
-            while count < (1 if repeat else 3) or (repeat and clock(options.cpu_time) - begin < 0.1):
+            while count < (1 if repeat else 4) or (repeat and clock(options.cpu_time) - begin < 0.1):
                 function()
                 count += 1
             if repeat:

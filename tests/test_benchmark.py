@@ -1,5 +1,6 @@
 """Grids are read, run, continued and reported; tables and curves agree with hand-worked cases and slower versions."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -137,6 +138,18 @@ def test_a_failed_run_is_named_with_its_last_line_and_other_flags_do_not_continu
     assert run_grid(path, only="seed1") == 1  # it would go on with the 7 that the grid has no more
 
 
+def test_a_run_that_another_process_does_is_left_alone(tmp_path, capsys):
+    path = fake_grid(tmp_path, seeds="[1, 1, 2]")
+    log = folder_of(path, "runs").with_name("seed1.log")
+    log.parent.mkdir(parents=True)
+    with open(log, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_grid(path) == 1
+    assert f"another process does this run; its output is {log}" in capsys.readouterr().out
+    assert not folder_of(path, "runs").exists() and folder_of(path, "results", 2).exists()
+    assert run_grid(path, processes=3) == 0 and steps_of(folder_of(path, "results")) == [0, 1, 2]
+
+
 def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(tmp_path):
     path = fake_grid(tmp_path, "--sleep 0.05", "[1, 2, 3]", steps=40)
     command = [sys.executable, "benchmark/run.py", str(path), "--processes", "2"]
@@ -205,6 +218,16 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     (tmp_path / "cut/maze/m/seed2/metrics.csv").write_text("step,seconds,key,value\n")  # of a run that has just begun
     plot.main((tmp_path / "cut",))
     assert "| m | 1 |" in capsys.readouterr().out
+    # Where success is only reported when there is some, an evaluation without a word of it has none.
+    write_results(tmp_path / "gaps", "m", {1: [0.0, 0.0, 1.0]}, "eval/return")
+    with open(tmp_path / "gaps/maze/m/seed1/metrics.csv", "a") as file:
+        file.write("200,12.0,eval/success_rate,1.0\n")
+    plot.main((tmp_path / "gaps",))
+    assert "| m | 1 | 0.33 (0.33 to 0.33) | 0.25 | 0.00 | 200 |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="there is no rlp"):
+        plot.main((tmp_path / "gaps",), methods=("m", "rlp"))
+    with pytest.raises(InputError, match="must end with"):
+        plot.main((tmp_path / "gaps",), Path("a.xyz"))
     # Single runs are named by their flags. Returns stand in for success.
     write_results(tmp_path, "x", {1: [1.0, 3.0], 2: [1.0, 3.0]}, "eval/return")
     folders = tuple(sorted(tmp_path.glob("maze/x/*")))

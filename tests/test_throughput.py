@@ -1,14 +1,16 @@
 """The programs around the scripts measure and change what they say, and leave the training alone."""
 
 import importlib
+import inspect
 import json
+import runpy
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_agent, make_args, make_batch
+from conftest import ROOT, make_agent, make_args, make_batch
 from running import small_args
 
 from benchmark import ablation, overestimation, throughput
@@ -27,10 +29,44 @@ def test_throughput_measures_rows(tmp_path, monkeypatch, capsys):
     found = measured("--rows", "expo_flow", "expo_flow --num-target-samples 4")  # the same number
     assert len(set(found["gflop"].values())) == 1
     rows = ["expo_flow --utd-ratio 4", "expo_flow --utd-ratio 4 --num-target-samples 1"]
-    found = measured("--rows", *rows, "variants.expo_faster", "baselines.rlpd")
+    found = measured("--rows", *rows, "variants.expo_faster", "baselines.rlpd", "variants.expo_chunks")
     assert min(map(min, found["seconds"].values())) > 0
-    whole, fewer, faster, rlpd = found["gflop"].values()
+    whole, fewer, faster, rlpd, _ = found["gflop"].values()
     assert whole > fewer > faster > rlpd > 0 and "| baselines.rlpd |" in capsys.readouterr().out
+
+
+def test_throughput_compiles_what_a_run_compiles(each, monkeypatch):
+    seen: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function.__name__) or function)
+    monkeypatch.setattr("utils.tasks.check_flags", lambda _: None)  # whether there is a compiler
+    side = throughput.Side(each.__name__, ["--task", "pointmaze-umaze", "--compile"], 100)
+    source = inspect.getsource(each.main).partition("if args.compile")[2].partition("setattr")[0]
+    assert len(seen) >= 4 and all(f'"{name}"' in source for name in seen) and source.count('"') == 2 * len(seen)
+    assert type(side.agent).forward.__name__ in seen  # which is measured as the choice of an action
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        (
+            "ablation",
+            "--change gaussian_base --script baselines.rlpd",
+            "is for --script expo_diffusion or expo_flow or",
+        ),
+        (
+            "ablation",
+            "--change imitate_half --script expo_flow",
+            "--change imitate_half is for --script baselines.rlpd",
+        ),
+        ("overestimation", "--script expo_flo", "No module named 'expo_flo'"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_one_line(program, words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *words.split()])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmark" / f"{program}.py"), run_name="__main__")
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and said in line and line.count("\n") == 1
 
 
 def test_a_graph_without_a_gpu_is_one_clear_error():
@@ -116,7 +152,7 @@ def test_cures_rank_and_value_as_they_say(changed):
 
 def test_cures_change_how_edits_begin(changed):
     script = changed("expo_diffusion", "small_first_edits", "fresh_actions", "base_acts_first")
-    agent = script.Agent(3, 2, make_args(script, num_base_samples=2, num_edit_samples=2, offline_steps=1))
+    agent = script.Agent(3, 2, make_args(script, num_base_samples=2, num_edit_samples=2, offline_steps=1, utd_ratio=1))
     agent.args.total_timesteps, obs, batch = 10, torch.randn(5, 3), make_batch(script, 1, 5)
     assert agent.log_alpha.exp().item() == pytest.approx(0.01, rel=0.01)
     x, edits = torch.randn(8, 16), agent.edit_policy
@@ -133,6 +169,8 @@ def test_cures_change_how_edits_begin(changed):
         acts.append(tuple(agent.on_the_fly_actions(part).mean().item() for part in (obs[:1], obs)))
         script.update(agent, optimizers, batch)
     assert acts == [(0.5, 1.5)] * 4 + [(1.5, 1.5)]
+    script.Optimizers(agent, agent.args).critic.load_state_dict(optimizers.critic.state_dict())  # a resumed run
+    assert agent.on_the_fly_actions(obs[:1]).mean().item() == 1.5
 
 
 def test_overestimation_is_q_less_the_discounted_return(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts when this file is run
 
-from benchmark.ablation import run_changed
+from tools.changed import run_changed
 from utils import InputError
 
 
@@ -90,4 +90,4 @@ def cuda_graph(script: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_changed(cuda_graph)
+    run_changed({cuda_graph: ()})

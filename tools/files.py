@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -16,7 +16,7 @@ from utils.sources import SOURCES
 def own_folder() -> Path:
     """Where data lies whose package has no folder of its own: `EXPO_CACHE_DIR`, else `~/.cache/expo`."""
     variable, usual, _ = SOURCES["robomimic"]
-    return Path(os.environ.get(variable) or Path.home() / usual).expanduser()
+    return Path(os.path.expanduser(os.environ.get(variable) or f"~/{usual}"))
 
 
 def write_d4rl(path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
@@ -42,3 +42,14 @@ def write_whole(path: Path, content: io.BytesIO) -> None:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def hold(file: IO[bytes]) -> bool:
+    """Whether no other process holds this open file. Then this one holds it, with its children, until they close it."""
+    import fcntl  # not on Windows, where benchmark/plot.py works
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False

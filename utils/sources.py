@@ -42,7 +42,7 @@ def locate(spec: str) -> tuple[Path, str]:
         raise InputError(f"{spec} is no name of a data set (as in minari:D4RL/door/human-v2)")
     path = files.get(name, f"{name}.npz" if kind == "ogbench" else f"{name}/data/main_data.hdf5")
     here = Path(path).name if kind == "d4rl" else f"{kind}/{path}" if variable == "EXPO_CACHE_DIR" else path
-    return Path(os.environ.get(variable) or Path.home() / usual).expanduser() / here, address and address + path
+    return Path(os.path.expanduser(os.environ.get(variable) or f"~/{usual}"), here), address and address + path
 
 
 def split_count(spec: str) -> tuple[str, int]:
