@@ -87,7 +87,7 @@ def read_grid(path: Path, only: str, runs_dir: Path, results_dir: Path) -> list[
             folder = Path(path.stem, place, full_name, f"seed{seed}")
             command = (script, *(("--task", task) if task else ()), "--seed", str(seed), *flags)
             found.append(Run(f"{place}/{full_name}/seed{seed}", command, runs_dir / folder, results_dir / folder))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: {f'{error} is missing' if isinstance(error, KeyError) else error}") from None
     if not (found := [run for run in found if only in run.name]):
         raise InputError(f"{path} has no run with {only!r} in its name (task/method/seedN)")
@@ -142,8 +142,9 @@ class Work:
             if code := self.process.wait():
                 lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
                 return f"exit code {code}: {lines[-1] if lines else 'no output'} ({log})"
-            part, kept = result_dir.with_name(f"{result_dir.name}.part"), {"metrics.csv", "args.json"}
-            shutil.copytree(run_dir, part, ignore=lambda _, names: {*names} - kept, dirs_exist_ok=True)
+            os.makedirs(part := result_dir.with_name(f"{result_dir.name}.part"), exist_ok=True)
+            for name in ("metrics.csv", "args.json"):
+                shutil.copy(run_dir / name, part)
             os.replace(part, result_dir)  # both files or none
         return ""
 

@@ -79,6 +79,7 @@ def read_results(folders: tuple[Path, ...]) -> Results:
                 raise InputError(f"{path.parent}: {task}, {method}, seed {seed} is there twice; leave one of them out")
             seeds[seed] = keys = read_metrics(path)
             if method.startswith("base_alone"):  # its base policy counts, not the choice of untrained critics
+                keys.pop("eval/success_rate", None)
                 keys |= {key.replace("base_", ""): keys[key] for key in keys if key.startswith("eval/base_")}
             settings = {k: v for k, v in args.items() if f"--{k.replace('_', '-')}" not in GIVEN | NEUTRAL}
             settings["last step"] = max((curve.steps[-1] for curve in keys.values()), default=0)
@@ -91,7 +92,7 @@ def read_results(folders: tuple[Path, ...]) -> Results:
 
 
 def curves(seeds: Seeds, key: str, first: float = -np.inf) -> dict[int, Curve]:
-    """Seed -> the rows of one key from step `first` on, where there are any. Evaluations without word of success: 0."""
+    """Seed -> the rows of one key from step `first` on, if any. An evaluation that reports no success has 0."""
     found = {}
     for seed, keys in sorted(seeds.items()):
         curve = keys.get(key.replace("success_rate", "return"), keys.get(key))
@@ -251,8 +252,6 @@ def main(
     """
     if out and out.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"--out {out} must end with .png, .pdf or .svg")
-    if not results:
-        raise InputError("name folders of benchmark/results, or of runs, before the flags")
     found, shown, keys = read_results(results), {}, {}
     if unknown := set(methods).difference(*found.values()):
         raise InputError(f"--methods: there is no {unknown.pop()}")

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 from benchmark import ablation, plot, run
-from benchmark.grid import flag_values, read_grid
+from benchmark.grid import Work, flag_values, read_grid
 from utils import InputError
 
 # Stands for a script: the same files and signals, in milliseconds. --fail SEED lets a run fail, --sleep S slows it.
@@ -83,6 +84,7 @@ def test_a_grid_is_methods_x_variants_x_tasks_x_seeds_and_the_most_special_flag_
         ("expo_flow.py", "expo_flo.py", "there is no script 'expo_flo.py'"),
         ("expo_flow.py", "expo_flow.py --seed=3", "the grid itself gives --seed"),
         ("expo_flow.py", "expo_flow.py {large}", "'large' is missing"),
+        ("[1]", "[[1]]", "unhashable"),
         ("[1]", "[1", ""),
     ):
         (tmp_path / "grid.toml").write_text(good.replace(old, new))
@@ -147,7 +149,14 @@ def test_a_run_that_another_process_does_is_left_alone(tmp_path, capsys):
         assert run_grid(path) == 1
     assert f"another process does this run; its output is {log}" in capsys.readouterr().out
     assert not folder_of(path, "runs").exists() and folder_of(path, "results", 2).exists()
+    folder_of(path, "results").with_name("seed1.part").mkdir()  # of a copy that was interrupted
     assert run_grid(path, processes=3) == 0 and steps_of(folder_of(path, "results")) == [0, 1, 2]
+    shutil.rmtree(folder_of(path, "runs"))
+    assert Work(read_grid(path, "seed1", tmp_path / "runs", tmp_path / "results")[0])() == ""  # done in the meantime
+    assert not folder_of(path, "runs").exists()
+    with mock.patch("fcntl.flock", side_effect=OSError(38, "Function not implemented")):  # a disk without locks
+        shutil.rmtree(folder_of(path, "results"))
+        assert run_grid(path) == 0
 
 
 def test_ctrl_c_lets_runs_save_and_the_same_command_goes_on(tmp_path):

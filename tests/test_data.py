@@ -182,6 +182,13 @@ def test_data_of_another_environment(tmp_path):
         problems = find_problems(read(path), pendulum, [str(path)])
         assert problems[len(said) :] == usual and len(problems) == len(said) + len(usual)
         assert all(problem.startswith(f"recorded with {words}") for problem, words in zip(problems, said, strict=False))
+    odd: Any = make_env("Rescaled-v0")  # its own wrapper, and arguments that JSON cannot write
+    odd.spec.kwargs["layout"] = {(0, 1): "wall"}
+    path = write(tmp_path / "b.hdf5", pendulum_arrays() | {"actions": np.linspace(-0.5, 0.5, 20)[:, None]})
+    assert find_problems(read(path, env=odd), odd, [str(path)]) == ["2 episodes exceed the limit of 5, up to 9"]
+    with h5py.File(path, "a") as file:
+        file.attrs["env_spec"] = json.dumps({"id": "Rescaled-v0", "additional_wrappers": [{"name": "RescaleAction"}]})
+    assert find_problems(read(path, env=odd), odd, [str(path)])[0] == "recorded with another layout than the task's"
     order: Any = gym.Wrapper(make_env("PointMaze_Large-v3"))
     order.native_spaces = gym.spaces.Dict(position=Box(-9, 9, (8,))), Box(-1, 1, (2,))
     assert "the environment's are position" in refused(FILES / "minari/maze/large-v0", env=order)
@@ -231,6 +238,13 @@ def test_several_files_are_joined(tmp_path):
     assert data.success is not None and data.success.tolist() == [True, False, False] * 4
 
 
+def rescaled(**_: Any) -> gym.Env:
+    return gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))
+
+
+gym.register("Rescaled-v0", rescaled, max_episode_steps=5)
+
+
 def pendulum_arrays(rows: int = 20) -> Tree:
     """Two episodes for Pendulum-v1: 3 observations, 1 action within +-2."""
     rng = np.random.default_rng(0)
@@ -243,8 +257,6 @@ def test_actions_are_rescaled_from_the_bounds_that_the_user_sees(tmp_path):
     """A5: the bounds are those of `gymnasium.make`, not those of the innermost simulator."""
     tree = pendulum_arrays() | {"actions": np.linspace(-1, 1, 20)[:, None]}
     path = write(tmp_path / "a.hdf5", tree | {"next_observations": tree["observations"]})
-    wrapped = lambda **_: gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))  # noqa: E731
-    gym.register("Rescaled-v0", wrapped, max_episode_steps=5)
     inner, outer = (read(path, env=make_env(env_id)).rows.actions for env_id in ("Pendulum-v1", "Rescaled-v0"))
     assert inner == pytest.approx(tree["actions"] / 2, abs=1e-6) and outer == pytest.approx(tree["actions"], abs=2e-5)
     assert outer.max() == -outer.min() == np.float32(1 - 1e-5)
@@ -278,6 +290,7 @@ def test_problems():
         (good._replace(next_obs=jump), two, None, ["1 transitions jump, up to"]),
         (good._replace(next_obs=jump, terminations=np.arange(40) == 7), two, None, []),  # it needs no successor
         (good._replace(next_obs=np.vstack([obs[:3], following[3:]])), two, None, ["3 transitions do not change"]),
+        (good._replace(terminations=np.isin(np.arange(40), (19, 39))), two, env, ["2 episodes exceed"]),
         (after, two, None, ["1 episodes end with the first observation of the next"]),
         (after._replace(terminations=np.arange(40) == 19), two, None, []),  # it needs no successor
         (good._replace(next_obs=obs[1:]), two, None, []),  # nothing was reset, as where Minari's collector goes on

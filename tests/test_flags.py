@@ -88,6 +88,7 @@ WRONG |= {"--utd-ration 4": "--utd-ration", "--utd-ratio many": "--utd-ratio", "
 WRONG |= {"--seed 1.5": "--seed", "--backup soft": "--backup", "--device tpu": "--device", "--task": "--task"}
 WRONG |= {"pointmaze-umaze": "pointmaze-umaze", "--task pointmaze-mediun": "did you mean 'pointmaze-medium'"}
 WRONG |= {"--task pointmaze-umaze --env-id Pusher-v5": "without --task", "--env-id Pusher-v5": "--dataset is missing"}
+WRONG["--env-id Pusher-v5 --dataset="] = "--dataset is missing"
 WRONG |= {"--task= --dataset a.hdf5": "--env-id is empty", "--resume /nowhere": "--resume /nowhere"}
 WRONG |= {"--resume=": "--resume is empty", "--resume EMPTY": "--resume is empty"}
 WRONG |= {"--learning-starts 600": "--total-timesteps must exceed --learning-starts"}

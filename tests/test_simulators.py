@@ -19,6 +19,7 @@ from utils.envs import make_env
 from utils.tasks import MAZES, TASKS
 
 DATA = Path(__file__).parent / "data"  # a few real rows: its README.md
+PICTURE = np.zeros((2, 2, 3), np.uint8)
 UNIT, ONE, YES, NO = Box(-1, 1, (1,), np.float32), np.zeros(1, np.float32), {"success": True}, {"success": False}
 
 
@@ -131,16 +132,20 @@ def test_bad_environments():
         with pytest.raises(InputError) as error:
             env.step(ONE)
         assert str(error.value) == f"environment 'Scripted-v0', step 2 of an episode: {words}"
-    blind = type("Blind", (Scripted,), {"render": gym.Env.render, "render_mode": "rgb_array"})
-    for env_id, make in (("Dark-v0", Scripted), ("Blind-v0", blind)):
+    shown = {"render_mode": "rgb_array"}
+    blind = type("Blind", (Scripted,), shown | {"render": gym.Env.render})
+    floats, grey = (type("Odd", (Scripted,), shown | {"render": lambda _, x=x: x}) for x in (PICTURE / 2, PICTURE[0]))
+    for env_id, make in (("Dark-v0", Scripted), ("Blind-v0", blind), ("Floats-v0", floats), ("Grey-v0", grey)):
         gym.register(env_id, lambda render_mode, make=make: make(), max_episode_steps=5)  # pyright: ignore
         with pytest.raises(InputError, match="no pictures: its `render_mode` must be 'rgb_array'"):
             make_env(env_id, render_mode="rgb_array")
-    gym.register("Old-v0", type("Old", (Scripted,), {"reset": lambda *_, **__: ONE}), max_episode_steps=5)  # pyright: ignore
-    with pytest.raises(InputError, match=r"reset: Gymnasium's reset returns \(obs, info\)"):
-        make_env("Old-v0").reset()
+    for i, answer in enumerate((ONE, (ONE, {}, 0))):
+        old: Any = type("Old", (Scripted,), {"reset": lambda *_, answer=answer, **__: answer})
+        gym.register(f"Old-v{i}", old, max_episode_steps=5)
+        with pytest.raises(InputError, match=r"reset: Gymnasium's reset returns \(obs, info\)"):
+            make_env(f"Old-v{i}").reset()
     # A wrapper may draw. A close that fails, as when two share a robot, ends no run.
-    draws = type("Draws", (gym.Wrapper,), {"render": lambda _: np.zeros((2, 2, 3), np.uint8), "close": lambda _: 1 / 0})
+    draws = type("Draws", (gym.Wrapper,), {"render": lambda _: PICTURE, "close": lambda _: 1 / 0})
     gym.register("Draws-v0", lambda render_mode: draws(blind()), max_episode_steps=5)  # pyright: ignore
     make_env("Draws-v0", render_mode="rgb_array").close()
 
@@ -269,7 +274,7 @@ def test_adroit_rows_are_relabelled():
     assert not data.rows.terminations.any() and data.dropped == 2  # the terminal row has no successor in the file
     following = {"next_observations": np.roll(obs, -1, axis=0)}
     assert to_dataset(arrays | following, relabel).rows.rewards.tolist() == [1, 1, 0, 0, 1, 0]
-    recorded = {"infos/success": np.arange(6) % 3 == 0}
+    recorded = {"infos/success": np.where(np.arange(6) % 3, -1, 1)}
     assert to_dataset(arrays | recorded, relabel).rows.rewards.tolist() == [1, 0, 1, 0]
 
 

@@ -24,7 +24,12 @@ def run_changed(changes: Mapping[Any, tuple[str, ...]]) -> None:
         change = names[options.change]
         if changes[change] and options.script not in changes[change]:
             raise InputError(f"--change {options.change} is for --script {' or '.join(changes[change])}")
-        script = importlib.import_module(options.script)
+        try:
+            script = importlib.import_module(options.script)
+            if not hasattr(script, "Args"):
+                raise ImportError(f"there are no Args in {script.__file__}")
+        except (ImportError, TypeError, ValueError) as error:
+            raise InputError(f"--script {options.script!r} names no script, such as expo_flow: {error}") from None
         change(script)
         script.main(parse_args(script.Args, script.__doc__, flags))
 

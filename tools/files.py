@@ -1,5 +1,6 @@
 """Files that the tools make: written whole or not at all."""
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -51,5 +52,5 @@ def hold(file: IO[bytes]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except BlockingIOError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # else this disk has no locks, and nobody can know

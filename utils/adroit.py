@@ -50,8 +50,7 @@ class AdroitBinary(gym.Wrapper):
         return arrays | {"rewards": rewards, "infos/success": success.astype(bool), "terminals": never}
 
 
-for _name, _limit in (("pen", 100), ("door", 200), ("relocate", 200), ("hammer", 200)):
-    _id, _class = f"expo/Adroit{_name.capitalize()}Binary-v1", f"AdroitHand{_name.capitalize()}Env"
-    _entry = f"gymnasium_robotics.envs.adroit_hand.adroit_{_name}:{_class}"
-    _binary = WrapperSpec("AdroitBinary", f"{__name__}:AdroitBinary", {"name": _name})
-    gym.register(_id, _entry, max_episode_steps=_limit, additional_wrappers=(_binary,))
+for _name, _limit in (("Pen", 100), ("Door", 200), ("Relocate", 200), ("Hammer", 200)):
+    _entry = f"gymnasium_robotics.envs.adroit_hand.adroit_{_name.lower()}:AdroitHand{_name}Env"
+    _binary = (WrapperSpec("AdroitBinary", f"{__name__}:AdroitBinary", {"name": _name.lower()}),)
+    gym.register(f"expo/Adroit{_name}Binary-v1", _entry, max_episode_steps=_limit, additional_wrappers=_binary)

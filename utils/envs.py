@@ -79,7 +79,7 @@ class ActionRepeat(gym.Wrapper):
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
         self.repeat = repeat
-        self.native_spaces = env.observation_space, env.action_space
+        self.native, self.native_spaces = env, (env.observation_space, env.action_space)
 
     def step(self, action):
         total, said = 0.0, []  # whatever the environment says about success

@@ -30,10 +30,11 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
         said, here = json.loads(json.dumps(both, default=str, skipkeys=True))
     except (ValueError, TypeError) as error:
         return [f"{path}: its environment cannot be compared with the task's ({reason(error)})"]
-    lines, repeat, native = [], env.get_wrapper_attr("repeat"), env.get_wrapper_attr("native_spaces")[1]
-    if "low" in space and not np.allclose([space["low"], space["high"]], [native.low, native.high]):
+    lines, repeat, box = [], env.get_wrapper_attr("repeat"), env.get_wrapper_attr("native_spaces")[1]
+    if "low" in space and not np.allclose(np.ravel([space["low"], space["high"]]), np.ravel([box.low, box.high])):
         lines.append("recorded with other bounds of actions than the task's")
-    own = {w.name for w in gym.spec(env.spec.id).additional_wrappers} | {"FlattenObservation", "RecordVideo"}
+    native = env.get_wrapper_attr("native").spec
+    own = {w.name for w in native.additional_wrappers} | {"FlattenObservation", "RecordVideo"}
     wrappers = {w["name"] for w in there.get("additional_wrappers") or ()} - own
     lines += [f"recorded with the wrapper {name}, which the task does not have" for name in sorted(wrappers)]
     if there.get("id", env.spec.id) != env.spec.id:
@@ -51,16 +52,16 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     problems = [line for s in specs if env and s[:10] != "generated:" for line in recorded_elsewhere(find_file(s), env)]
     limit = (env.spec.max_episode_steps if env is not None and env.spec else None) or np.inf
     finals = rows.terminations[data.episodes[:, 1] - 1]  # with `dropped`, an episode that is not terminal lost one row
-    ends = finals[lengths + ((data.dropped > 0) & (finals == 0)) >= limit]  # the limit may have cut here
+    ends = finals[lengths + ((data.dropped > 0) & (finals == 0)) == limit]  # the limit may have cut here
     steps = np.abs(rows.next_obs - rows.obs)
     steps[rows.terminations > 0] = 0
-    usual, largest = np.quantile(steps, 0.95, axis=0), steps.max(axis=0)  # simulators seldom exceed five times usual
+    last = data.episodes[:-1, 1] - 1  # the last row of every episode that another one follows
+    usual = np.quantile(np.delete(steps, last, axis=0), 0.95, axis=0)  # simulators seldom exceed five times usual
     jumps = (steps > 10 * usual) & (usual > 0.003 * np.ptp(rows.obs, axis=0))  # other dimensions hardly ever change
-    place = (jumps.any(axis=0) * largest / (usual + 1e-30)).argmax()
-    size = f"up to {largest[place]:.3g} in observation {place}, where {usual[place]:.2g} is usual"
+    place = (jumps.any(axis=0) * steps.max(axis=0) / (usual + 1e-30)).argmax()
+    size = f"up to {steps[:, place].max():.3g} in observation {place}, where {usual[place]:.2g} is usual"
     constant = np.flatnonzero(np.ptp(rows.actions, axis=0) <= (0.01 if env else 0))  # of a range of 2
     still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
-    last = data.episodes[:-1, 1] - 1  # the last row of every episode that another one follows
     torn = np.delete(~np.isclose(rows.next_obs[:-1], rows.obs[1:], atol=0.1 * usual + 1e-5).all(axis=1), last)
     reset = ((rows.next_obs[last] == rows.obs[last + 1]).all(axis=1) & (steps[last] > 2 * usual).any(axis=1)).sum()
     space: Any = env.get_wrapper_attr("native_spaces")[1] if env is not None else gym.spaces.Box(-1, 1)
@@ -73,7 +74,7 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
         (ends.size and ends.all(), f"every episode of {limit} steps ends terminal: are time limits in 'terminals'?"),
         (len(lengths) == 1 and len(rows.obs) > 1, "one single episode: are the 'timeouts' missing?"),
         (torn.size and torn.mean() > 0.5, "next_observations are not the rows that follow: other units or order?"),
-        (reset, f"{reset:,} episodes end with the first observation of the next: was it recorded after the reset?"),
+        (2 * reset > sum(finals[:-1] == 0), f"{reset:,} episodes end with the first observation of the next: a reset?"),
         (divided, "all actions are in [-1, 1], and the bounds are wider: must they be multiplied by the bounds?"),
         (rows.terminations.mean() > 0.5 and lengths.mean() > 2, "most rows are terminal: are 'masks' upside down?"),
         (still.mean() > 0.01, f"{still.sum():,} transitions do not change the observation"),

@@ -1,4 +1,4 @@
-"""Published data: where the words of --dataset lie on this machine: in the folder of their package, if it has one."""
+"""Published data: where the words of --dataset lie on this machine: in the folder of their package, or in ours."""
 
 import os
 import re

@@ -58,7 +58,7 @@ from utils.tasks import parse_args
 
 @dataclass
 class Args:
-    # These values are published, but for edit_entropy and backup_*. A --task, also the default one, lays its settings
+    # These values are published, but for edit_entropy. A --task, also the default one, lays its settings
     # over them (utils/tasks.py). `--task ""`, or --env-id without --task, runs with these values. A flag you give wins.
     # ---- the run
     task: str = "pointmaze-medium"  # environment, data and settings in one word; `python tools/data.py list` shows all
