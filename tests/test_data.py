@@ -291,7 +291,7 @@ def test_problems():
         (good._replace(next_obs=jump, terminations=np.arange(40) == 7), two, None, []),  # it needs no successor
         (good._replace(next_obs=np.vstack([obs[:3], following[3:]])), two, None, ["3 transitions do not change"]),
         (good._replace(terminations=np.isin(np.arange(40), (19, 39))), two, env, ["2 episodes exceed"]),
-        (after, two, None, ["1 episodes end with the first observation of the next"]),
+        (after, two, None, ["episodes end with the observation after a reset"]),
         (after._replace(terminations=np.arange(40) == 19), two, None, []),  # it needs no successor
         (good._replace(next_obs=obs[1:]), two, None, []),  # nothing was reset, as where Minari's collector goes on
         (good._replace(next_obs=following.round(2)), two, None, []),

@@ -74,7 +74,7 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
         (ends.size and ends.all(), f"every episode of {limit} steps ends terminal: are time limits in 'terminals'?"),
         (len(lengths) == 1 and len(rows.obs) > 1, "one single episode: are the 'timeouts' missing?"),
         (torn.size and torn.mean() > 0.5, "next_observations are not the rows that follow: other units or order?"),
-        (2 * reset > sum(finals[:-1] == 0), f"{reset:,} episodes end with the first observation of the next: a reset?"),
+        (2 * reset > sum(finals[:-1] == 0), "episodes end with the observation after a reset, not with their last"),
         (divided, "all actions are in [-1, 1], and the bounds are wider: must they be multiplied by the bounds?"),
         (rows.terminations.mean() > 0.5 and lengths.mean() > 2, "most rows are terminal: are 'masks' upside down?"),
         (still.mean() > 0.01, f"{still.sum():,} transitions do not change the observation"),
