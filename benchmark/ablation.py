@@ -151,7 +151,7 @@ def base_acts_first(script: Any) -> None:
 
     def first(agent: Any, obs: Tensor) -> Tensor:
         updates = agent.args.offline_steps + agent.args.utd_ratio * (agent.args.total_timesteps // 4)  # of the critics
-        if steps_of(optimizers[-1].critic) <= updates and len(obs) == 1:  # not in an evaluation
+        if len(obs) == 1 and steps_of(optimizers[-1].critic) <= updates:  # not in an evaluation
             return agent.base_actions(obs, agent.target_base_policy, 1).squeeze(-2)
         return act(agent, obs)
 

@@ -133,7 +133,7 @@ class Work:
                 return f"{run_dir} was made by another command than the grid has now; delete it to start it anew"
             words = [sys.executable, *self.run.command, "--resume" if old else "--run-dir", place]
             env = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})
-            # Slurm's warning before a time limit, SIGUSR2, is for us, and Ctrl-C, too: so that a run gets one signal.
+            # A script inherits blocked signals: Slurm's warning, SIGUSR2, is for us. In its new session Ctrl-C is, too.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
             self.process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})

@@ -5,7 +5,6 @@
 All other flags go to the scripts. Times are medians. On a shared machine a ratio, measured in turns, says more.
 """
 
-import importlib
 import inspect
 import json
 import re
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scr
 
 from benchmark.grid import ROOT
 from tools import one_line_errors
+from tools.changed import load_script
 from tools.cuda_graph import cuda_graph
 from utils.envs import make_env
 from utils.tasks import parse_args
@@ -48,7 +48,7 @@ class Side:
 
     def __init__(self, row: str, words: list[str], size: int = 100_000):
         name, *flags = shlex.split(row.removeprefix("cuda_graph "))
-        self.script = script = SimpleNamespace(**vars(importlib.import_module(name)))
+        self.script = script = SimpleNamespace(**vars(load_script(name)))
         if row.startswith("cuda_graph "):
             cuda_graph(script)
         self.args = args = parse_args(script.Args, argv=[*words, *flags])

@@ -146,7 +146,8 @@ REACH["dict"] = gym.spaces.Dict([("z", Box(-9, 9, (1,))), ("a", REACH["tuple"])]
 def test_minaris_own_recorder(kind, x, monkeypatch):
     """A2, by folder and by ID: a row is a step of the environment, and columns stand as Gymnasium flattens them."""
     env: Any = gym.Wrapper(make_env("Pendulum-v1"))
-    env.native_spaces, env.observation_space = (REACH[kind], Box(-2, 2, (2,))), gym.spaces.flatten_space(REACH[kind])
+    env.native, env.observation_space = gym.Wrapper(gym.make("Pendulum-v1")), gym.spaces.flatten_space(REACH[kind])
+    env.native.observation_space, env.native.action_space = REACH[kind], Box(-2, 2, (2,))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(FILES / "minari"))
     data = read(FILES / f"minari/reach/{kind}-v0", env=env)
     rows = load_dataset([f"minari:reach/{kind}-v0"], env)
@@ -190,7 +191,8 @@ def test_data_of_another_environment(tmp_path):
         file.attrs["env_spec"] = json.dumps({"id": "Rescaled-v0", "additional_wrappers": [{"name": "RescaleAction"}]})
     assert find_problems(read(path, env=odd), odd, [str(path)])[0] == "recorded with another layout than the task's"
     order: Any = gym.Wrapper(make_env("PointMaze_Large-v3"))
-    order.native_spaces = gym.spaces.Dict(position=Box(-9, 9, (8,))), Box(-1, 1, (2,))
+    order.native = gym.Wrapper(order)
+    order.native.observation_space = gym.spaces.Dict(position=Box(-9, 9, (8,)))
     assert "the environment's are position" in refused(FILES / "minari/maze/large-v0", env=order)
 
 

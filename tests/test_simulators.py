@@ -61,7 +61,7 @@ def task_env(task: str) -> Any:
 def test_wrappers_against_the_plain_environment():
     """float32, native bounds of +-2 behind [-1, 1], a limit in actions, and the same seed gives the same start."""
     env, plain = make_env("Pendulum-v1", max_episode_steps=4, action_repeat=3), gym.make("Pendulum-v1").unwrapped
-    assert env.action_space == UNIT and env.get_wrapper_attr("native_spaces")[1].high == 2
+    assert env.action_space == UNIT and env.get_wrapper_attr("native").action_space.high == 2
     obs, expected = env.reset(seed=3)[0], plain.reset(seed=3)[0]
     assert obs.dtype == np.float32 and np.array_equal(obs, expected)
     for t in range(4):

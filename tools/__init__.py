@@ -21,7 +21,7 @@ def one_line_errors(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # of `... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, FloatingPointError, ModuleNotFoundError) as error:  # as the scripts do; an unknown --script
+    except (OSError, FloatingPointError) as error:  # as the scripts do
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -10,6 +10,17 @@ from utils import InputError
 from utils.tasks import parse_args
 
 
+def load_script(name: str) -> Any:
+    """The module of a script; an InputError for any other name."""
+    try:
+        script = importlib.import_module(name)
+        if not hasattr(script, "Args"):
+            raise ImportError("it has no Args")
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"{name!r} is no script, such as expo_flow: {error}") from None
+    return script
+
+
 def run_changed(changes: Mapping[Any, tuple[str, ...]]) -> None:
     """Reads --script, and --change if there are several, and runs the script with the change made.
 
@@ -24,12 +35,7 @@ def run_changed(changes: Mapping[Any, tuple[str, ...]]) -> None:
         change = names[options.change]
         if changes[change] and options.script not in changes[change]:
             raise InputError(f"--change {options.change} is for --script {' or '.join(changes[change])}")
-        try:
-            script = importlib.import_module(options.script)
-            if not hasattr(script, "Args"):
-                raise ImportError(f"there are no Args in {script.__file__}")
-        except (ImportError, TypeError, ValueError) as error:
-            raise InputError(f"--script {options.script!r} names no script, such as expo_flow: {error}") from None
+        script = load_script(options.script)
         change(script)
         script.main(parse_args(script.Args, script.__doc__, flags))
 

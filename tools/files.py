@@ -1,4 +1,4 @@
-"""Files that the tools make: written whole or not at all."""
+"""Files that the tools make, written whole or not at all, and files that one process holds."""
 
 import errno
 import io

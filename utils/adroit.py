@@ -47,7 +47,7 @@ class AdroitBinary(gym.Wrapper):
             before = success_after(self.name, obs)
             success = np.where(arrays["ends"], before, np.roll(before, -1))  # a row without successor: its own state
         rewards, never = success.astype(np.float32), np.zeros(len(obs), bool)
-        return arrays | {"rewards": rewards, "infos/success": success.astype(bool), "terminals": never}
+        return arrays | {"rewards": rewards, "infos/success": success, "terminals": never}
 
 
 for _name, _limit in (("Pen", 100), ("Door", 200), ("Relocate", 200), ("Hammer", 200)):

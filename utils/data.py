@@ -120,7 +120,7 @@ def to_dataset(arrays: Arrays, relabel: Any = None) -> Dataset:
     nonempty = episodes[:, 1] > episodes[:, 0]
     success = arrays.get("infos/success")
     if success is not None:
-        success = np.maximum.reduceat(success > 0, starts)[nonempty]
+        success = np.maximum.reduceat(success, starts)[nonempty]
     kept = slice(None) if keep.all() else keep  # a slice makes no copy
     columns = (obs[kept], arrays.pop("actions")[kept], arrays["rewards"][kept], next_obs, terminals[kept])
     rows = Transitions(*(column.astype(np.float32, copy=False) for column in columns))
@@ -148,7 +148,7 @@ def find_ends(arrays: Arrays) -> None:
 
 def fit(rows: Transitions, env: gym.Env) -> Transitions:
     """The rows with actions rescaled to [-1, 1] from the bounds of `env`, as it was before `make_env` wrapped it."""
-    space: Any = env.get_wrapper_attr("native_spaces")[1] if env.has_wrapper_attr("native_spaces") else env.action_space
+    space: Any = (env.get_wrapper_attr("native") if env.has_wrapper_attr("native") else env).action_space
     low, high = space.low.reshape(-1), space.high.reshape(-1)
     for name, array, there in (("observations", rows.obs, env.observation_space), ("actions", rows.actions, space)):
         width = int(np.prod(there.shape or ()))

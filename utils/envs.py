@@ -79,7 +79,7 @@ class ActionRepeat(gym.Wrapper):
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
         self.repeat = repeat
-        self.native, self.native_spaces = env, (env.observation_space, env.action_space)
+        self.native = env  # as it was made: what its data was recorded with
 
     def step(self, action):
         total, said = 0.0, []  # whatever the environment says about success

@@ -49,7 +49,7 @@ def minari_observations(group: Any, env: gym.Env | None, rows: int) -> np.ndarra
     names: list[str] = []
     item.visititems(lambda name, child: names.append(name) if isinstance(child, h5py.Dataset) else None)
     names.sort(key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name.replace("/", "\0"))])
-    order = leaves(env.get_wrapper_attr("native_spaces")[0]) if env and env.has_wrapper_attr("native_spaces") else [""]
+    order = leaves(env.get_wrapper_attr("native").observation_space) if env and env.has_wrapper_attr("native") else [""]
     if order != [""] and set(order) != set(names):  # [""]: a plain Box
         raise InputError(f"observations have the parts {', '.join(names)}; the environment's are {', '.join(order)}")
     names = names if order == [""] else order

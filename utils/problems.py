@@ -30,11 +30,11 @@ def recorded_elsewhere(path: Path, env: gym.Env) -> list[str]:
         said, here = json.loads(json.dumps(both, default=str, skipkeys=True))
     except (ValueError, TypeError) as error:
         return [f"{path}: its environment cannot be compared with the task's ({reason(error)})"]
-    lines, repeat, box = [], env.get_wrapper_attr("repeat"), env.get_wrapper_attr("native_spaces")[1]
-    if "low" in space and not np.allclose(np.ravel([space["low"], space["high"]]), np.ravel([box.low, box.high])):
+    lines, repeat, native = [], env.get_wrapper_attr("repeat"), env.get_wrapper_attr("native")
+    bounds = np.ravel([native.action_space.low, native.action_space.high])
+    if "low" in space and not np.allclose(np.ravel([space["low"], space["high"]]), bounds):
         lines.append("recorded with other bounds of actions than the task's")
-    native = env.get_wrapper_attr("native").spec
-    own = {w.name for w in native.additional_wrappers} | {"FlattenObservation", "RecordVideo"}
+    own = {w.name for w in native.spec.additional_wrappers} | {"FlattenObservation", "RecordVideo"}
     wrappers = {w["name"] for w in there.get("additional_wrappers") or ()} - own
     lines += [f"recorded with the wrapper {name}, which the task does not have" for name in sorted(wrappers)]
     if there.get("id", env.spec.id) != env.spec.id:
@@ -64,7 +64,7 @@ def find_problems(data: Dataset, env: gym.Env | None = None, specs: Sequence[str
     still, success = (steps.max(axis=1) == 0) & (rows.terminations == 0), data.success
     torn = np.delete(~np.isclose(rows.next_obs[:-1], rows.obs[1:], atol=0.1 * usual + 1e-5).all(axis=1), last)
     reset = ((rows.next_obs[last] == rows.obs[last + 1]).all(axis=1) & (steps[last] > 2 * usual).any(axis=1)).sum()
-    space: Any = env.get_wrapper_attr("native_spaces")[1] if env is not None else gym.spaces.Box(-1, 1)
+    space: Any = env.get_wrapper_attr("native").action_space if env is not None else gym.spaces.Box(-1, 1)
     high = space.high.reshape(-1) * (space.low == -space.high).all()  # 0: no bounds that someone would divide by
     divided = high.min() > 1 and 0.99 < (np.abs(rows.actions) * high).max() < 1.01
     possible = (

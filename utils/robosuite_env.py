@@ -81,7 +81,7 @@ class Robosuite(gym.Env):
 
     def relabel_rows(self, arrays: Arrays) -> Arrays:
         """Demonstrations up to their first success, which is terminal; what follows it cannot happen here."""
-        success, ends = arrays["infos/success"].astype(bool), arrays["ends"]
+        success, ends = arrays["infos/success"], arrays["ends"]
         before = np.cumsum(success) - success  # successes before this row, those of earlier episodes included
         starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
         keep = before == np.repeat(before[starts], np.diff([*starts, len(ends)]))
