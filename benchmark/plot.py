@@ -39,25 +39,23 @@ Seeds = dict[int, dict[str, Curve]]  # seed -> key -> curve
 Results = dict[str, dict[str, Seeds]]  # task -> method -> seeds
 
 
-def read_metrics(path: Path) -> dict[str, Curve]:
-    """Key -> curve, of one metrics.csv."""
-    try:
-        head, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if head != "step,seconds,key,value":
+def read_metrics(path: Path, until: float = np.inf) -> dict[str, Curve]:
+    """Key -> curve, of one metrics.csv up to the step `until`."""
+    head, *lines = path.read_bytes().splitlines() or [b""]
+    if head != b"step,seconds,key,value":
         raise InputError(f"{path} does not start with step,seconds,key,value: no run of these scripts wrote it")
     rows: dict[str, list[tuple[float, float, float]]] = {}
     for number, line in enumerate(lines, 2):
         try:
-            step, seconds, key, value = line.split(",")
-            rows.setdefault(key, []).append((float(step), float(seconds), float(value)))
+            step, seconds, key, value = line.decode().split(",")
+            if float(step) <= until:
+                rows.setdefault(key, []).append((float(step), float(seconds), float(value)))
         except ValueError:
             raise InputError(f"{path}, line {number} is not step,seconds,key,value: {line[:60]!r}") from None
     return {key: Curve(*np.array(values).T) for key, values in rows.items()}
 
 
-def read_results(folders: tuple[Path, ...]) -> Results:
+def read_results(folders: tuple[Path, ...], until: float = np.inf) -> Results:
     """All curves of grids' results (<task>/<method>/seed<n>/metrics.csv) and of single runs' folders."""
     found: Results = {}
     commits, first_of = Counter[str](), dict[Any, dict[str, Any]]()
@@ -77,7 +75,7 @@ def read_results(folders: tuple[Path, ...]) -> Results:
             seeds = found.setdefault(task, {}).setdefault(method, {})
             if (seed := int(str(seed).removeprefix("seed"))) in seeds:
                 raise InputError(f"{path.parent}: {task}, {method}, seed {seed} is there twice; leave one of them out")
-            seeds[seed] = keys = read_metrics(path)
+            seeds[seed] = keys = read_metrics(path, until)
             if method.startswith("base_alone"):  # its base policy counts, not the choice of untrained critics
                 keys.pop("eval/success_rate", None)
                 keys |= {key.replace("base_", ""): keys[key] for key in keys if key.startswith("eval/base_")}
@@ -211,21 +209,19 @@ def figure(results: Results, shown: Any, keys: dict[str, str], metrics: tuple[st
     free = iter([i for i in range(8 + len(names)) if i >= 8 or KNOWN[i] not in names])
     places = {name: KNOWN.index(name) if name in KNOWN else next(free) for name in names}
     counts = {name: sorted({len(methods[name]) for methods in shown.values() if name in methods}) for name in names}
-    labels: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for column, (task, methods) in zip(axes.T if len(shown) > 1 else axes, shown.items(), strict=True):
         for axis, (metric, over) in zip(column, panels, strict=True):
             for method, by_seed in methods.items():
-                found = list((curves(results[task][method], metric) if metric else by_seed).values())
-                if found:
+                if found := list((curves(results[task][method], metric) if metric else by_seed).values()):
                     place, label = places[method], f"{method} ({' or '.join(map(str, counts[method]))} seeds)"
                     draw(axis, found, over, place, label=label, **style(place))
             axis.set(xlabel="environment steps" if over == "steps" else over, ylabel=metric or keys[task], title=task)
             axis.grid(alpha=0.25)
-            for step in marks if over == "steps" else ():
-                axis.axvline(step, color="0.4", linestyle=":")
-            labels |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": shape[1] + 1, "frameon": False}
-    whole.legend(labels.values(), labels, **below)
+            for step in marks[1] if over == "steps" else ():
+                axis.axvline(step, color="0.4", linestyle=":", label=marks[0])
+            named |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    whole.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=shape[1] + 1, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     whole.savefig(out, dpi=140, bbox_inches="tight")
 
@@ -238,6 +234,8 @@ def main(
     methods: tuple[str, ...] = (),
     less: str = "",
     marks: tuple[float, ...] = (),
+    marks_name: str = "marks",
+    until: float = np.inf,
 ) -> None:
     """Prints one table a task, and draws the learning curves with --out.
 
@@ -249,10 +247,12 @@ def main(
         methods: show only these methods.
         less: also print how far all methods are above this one, or above own_base, own_base_now (docs/benchmark.md).
         marks: vertical lines in the figure, at these environment steps.
+        marks_name: what the legend calls them.
+        until: leave out everything after this environment step.
     """
     if out and out.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"--out {out} must end with .png, .pdf or .svg")
-    found, shown, keys = read_results(results), {}, {}
+    found, shown, keys = read_results(results, until), {}, {}
     if unknown := set(methods).difference(*found.values()):
         raise InputError(f"--methods: there is no {unknown.pop()}")
     for task, by_method in found.items():
@@ -278,7 +278,7 @@ def main(
             lines = [[str(seed), " ".join(f"{v:.2f}" for v in curve.values)] for seed, curve in by_seed.items()]
             print(f"{markdown([f'{name}, seed', 'every evaluation'], lines)}")
     if out:
-        figure(found, shown, keys, metrics, marks, out)
+        figure(found, shown, keys, metrics, (marks_name, marks), out)
 
 
 if __name__ == "__main__":

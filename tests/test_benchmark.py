@@ -224,6 +224,8 @@ def test_tables_by_hand_and_a_figure(tmp_path, capsys, monkeypatch):
     write_results(tmp_path / "cut", "m", {1: [0.0, 1.0], 2: [0.0, 1.0, 1.0]})
     plot.main((tmp_path / "cut",))
     assert "seed2 differs from the first seed of m in last step\n" in capsys.readouterr().out
+    plot.main((tmp_path / "cut",), until=100)
+    assert "| m | 2 | 0.50" in (out := capsys.readouterr().out) and "differs" not in out
     (tmp_path / "cut/maze/m/seed2/metrics.csv").write_text("step,seconds,key,value\n")  # of a run that has just begun
     plot.main((tmp_path / "cut",))
     assert "| m | 1 |" in capsys.readouterr().out

@@ -72,8 +72,8 @@ def cuda_graph(script: Any) -> None:
         steps = recorded[id(optimizers)]
         replays = batch.obs.shape in steps.graphs
         info = steps(*batch)
-        for decay in (part for part in parts if replays and isinstance(part, LambdaLR)):
-            decay.step()  # it is Python, and no part of the graph
+        for decay in (part for part in parts if replays and isinstance(part, LambdaLR) and part.last_epoch):
+            decay.step()  # it is Python, and no part of the graph; without edits, theirs stays at 0
         return info
 
     class Agent(script.Agent):
