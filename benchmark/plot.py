@@ -218,8 +218,8 @@ def figure(results: Results, shown: Any, keys: dict[str, str], metrics: tuple[st
                     draw(axis, found, over, place, label=label, **style(place))
             axis.set(xlabel="environment steps" if over == "steps" else over, ylabel=metric or keys[task], title=task)
             axis.grid(alpha=0.25)
-            for step in marks[1] if over == "steps" else ():
-                axis.axvline(step, color="0.4", linestyle=":", label=marks[0])
+            for step, label in marks.items() if over == "steps" else ():
+                axis.axvline(step, color="0.4", linestyle=":", label=label)
             named |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     whole.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=shape[1] + 1, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ def main(
             lines = [[str(seed), " ".join(f"{v:.2f}" for v in curve.values)] for seed, curve in by_seed.items()]
             print(f"{markdown([f'{name}, seed', 'every evaluation'], lines)}")
     if out:
-        figure(found, shown, keys, metrics, (marks_name, marks), out)
+        figure(found, shown, keys, metrics, dict.fromkeys(marks, marks_name), out)
 
 
 if __name__ == "__main__":
